@@ -1,0 +1,68 @@
+# What one does with this checkout. `make help` prints the verbs.
+#
+# On Linux, PyPI's torch brings several GB of CUDA libraries. A machine without a GPU takes the small build instead:
+#   make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint protos bench docs clean
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+# All that makes a virtual environment stale: what is asked for, the interpreter, and the folder (scripts name it).
+FINGERPRINT := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) -V; pwd; } \
+	| $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')
+STAMP := $(VENV)/.installed-$(FINGERPRINT)
+
+PROTOS_OUT ?= .
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=.
+
+help:  ## print this
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: $(STAMP)  ## make .venv with the versions of constraints.txt, unless it stands
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Cloister needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $(PIP_FLAGS) \
+		--editable '.[dev,postgres]'
+	touch $@
+
+demo: setup  ## train a real model through a real node over mutual TLS, and prove the result
+	$(BIN)/cloister demo
+
+test: setup  ## run the whole test suite
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lint: setup  ## check style, types, imports, and that the stubs match the .proto files
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(MAKE) --no-print-directory protos PROTOS_OUT="$$fresh"; \
+	diff -r --exclude=__pycache__ --exclude=__init__.py --exclude=py.typed --exclude='*.proto' "$$fresh/protos" protos \
+		|| { echo "protos/ is not what its .proto files say: run 'make protos' and commit the stubs" >&2; exit 1; }
+
+protos: setup  ## regenerate the stubs in protos/
+	$(PROTOC) --python_out=$(PROTOS_OUT) --mypy_out=quiet:$(PROTOS_OUT) protos/*.proto
+	$(PROTOC) --grpc_python_out=$(PROTOS_OUT) --mypy_grpc_out=quiet:$(PROTOS_OUT) $$(grep -l '^service ' protos/*.proto)
+
+bench: setup  ## measure against the same models trained unsplit; writes bench/RESULTS.md
+	$(BIN)/python -m bench
+
+docs: setup  ## write docs/cli.md from the commands themselves
+	$(BIN)/typer cloister.main utils docs --name cloister --output docs/cli.md
+
+clean:  ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
