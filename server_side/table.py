@@ -1,0 +1,351 @@
+"""The node's session table: which sessions there were, whose they are, and how they ended.
+
+Sessions live in memory; this table outlives the process. It keeps a session id from being used twice (THREATS T04),
+tells an owner whose session died with the process that it is lost (T07), and says which owner a session belongs to
+(T03). SQLite in a file by default; PostgreSQL where several nodes share one database. A call returns when the change is
+durable.
+
+An id is spent for as long as its row stands, which is at least :data:`RETENTION` after the session's end; a running
+session's row is never pruned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import sqlalchemy as sa
+from alembic.util import CommandError
+from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from server_side.accounts import OwnerUsage
+from server_side.migrations import migrate
+from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
+
+__all__ = ["RETENTION", "SessionRow", "SessionState", "SessionTable"]
+
+RETENTION: Final = timedelta(days=30)  # longer than an owner's restored backup is old; 30,000 sessions take 12 MB
+
+_WAIT_S: Final = 10  # for a lock or a connection; a commit takes milliseconds, so whoever holds one longer hangs
+_ID_BYTES: Final = 16
+_DIGEST_BYTES: Final = 32
+_LARGEST: Final = 2**62  # half of what both databases hold: steps that start here never count past the end
+_MIGRATION_LOCK: Final = 0x636C6F6973746572  # "cloister", among the advisory locks of a shared PostgreSQL
+
+_log = logging.getLogger(__name__)
+
+
+class SessionState(enum.StrEnum):
+    """Where a session stands. Only ``OPEN`` is ever left."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    EXPIRED = "expired"
+    LOST = "lost"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One session. Times carry their zone and come back in UTC; fingerprints are SHA-256 in hexadecimal.
+
+    Raises:
+        SpecRejectedError: An identifier, a digest or a number does not fit the table (an owner may have sent it).
+    """
+
+    session_id: bytes
+    node: str
+    owner: str
+    spec_sha256: bytes
+    program_sha256: bytes
+    next_step: int
+    reserved_bytes: int
+    parameters: int
+    opened_at: datetime
+    last_used_at: datetime
+    state: SessionState = SessionState.OPEN
+    ended_at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"session_id": _ID_BYTES, "spec_sha256": _DIGEST_BYTES, "program_sha256": _DIGEST_BYTES}
+        for name, size in sizes.items():
+            if len(getattr(self, name)) != size:
+                raise SpecRejectedError(f"{name} has {len(getattr(self, name))} bytes; it must have {size}")
+        for name in ("next_step", "reserved_bytes", "parameters"):
+            if not 0 <= getattr(self, name) <= _LARGEST:
+                raise SpecRejectedError(f"{name} is {getattr(self, name)}; this node counts from 0 to {_LARGEST}")
+
+
+class _Utc(sa.TypeDecorator[datetime]):
+    """A time with its zone, also in SQLite, which stores none."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without its zone")
+        utc = value.astimezone(UTC)
+        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+# The constraints stand in the migration, which is what makes the table.
+_SESSIONS: Final = sa.Table(
+    "node_sessions",
+    sa.MetaData(),
+    sa.Column("session_id", sa.LargeBinary(_ID_BYTES), primary_key=True),
+    sa.Column("node", sa.String(64), nullable=False),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("spec_sha256", sa.LargeBinary(_DIGEST_BYTES), nullable=False),
+    sa.Column("program_sha256", sa.LargeBinary(_DIGEST_BYTES), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("next_step", sa.BigInteger, nullable=False),
+    sa.Column("reserved_bytes", sa.BigInteger, nullable=False),
+    sa.Column("parameters", sa.BigInteger, nullable=False),
+    sa.Column("opened_at", _Utc, nullable=False),
+    sa.Column("last_used_at", _Utc, nullable=False),
+    sa.Column("ended_at", _Utc, nullable=True),
+    sa.Index("node_sessions_by_node", "node", "state"),
+    sa.Index("node_sessions_by_owner", "owner", "state"),
+    sa.Index("node_sessions_by_end", "ended_at"),
+)
+_C: Final = _SESSIONS.c
+
+
+class SessionTable:
+    """The sessions of one node, or of several that share a PostgreSQL. Safe to use from any thread.
+
+    Every method raises :class:`StorageError` where the database fails; the log says why, the error only what to do.
+
+    Args:
+        url: ``sqlite:////absolute/path`` or ``postgresql+psycopg://user@host/database``. The schema is made, or brought
+            up to date, here; processes that start at once wait for each other.
+
+    Raises:
+        ConfigError: The URL is not one of those.
+        StorageError: The database cannot be opened, or a newer Cloister wrote it. The text is the operator's.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self._name = _shown(self._engine.url)
+        self._closed = False
+        try:
+            with self._engine.begin() as connection:
+                if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE is a lock already
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                migrate(connection)
+        except (SQLAlchemyError, CommandError, OSError, StorageError) as error:
+            self.close()
+            raise StorageError(f"session table {self._name}: {_cause(error)}") from error
+
+    def open(self, row: SessionRow) -> None:
+        """Writes a new session down; its id is spent from then on.
+
+        Raises:
+            SessionReusedError: The id was used before, by whomever, however that session ended.
+        """
+        values = dataclasses.asdict(row)
+        with self._transaction("opening a session") as connection:
+            insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+            written = connection.execute(insert(_SESSIONS).values(values).on_conflict_do_nothing()).rowcount
+        if not written:
+            raise SessionReusedError(f"session id {row.session_id.hex()} was used before; draw a new one")
+
+    def find(self, session_id: bytes) -> SessionRow | None:
+        """The session of that id, in whatever state; who may see it is the caller's to check."""
+        with self._transaction("finding a session") as connection:
+            found = connection.execute(sa.select(_SESSIONS).where(_C.session_id == session_id)).one_or_none()
+        return None if found is None else _row(found)
+
+    def touch(self, session_id: bytes, next_step: int, when: datetime) -> None:
+        """Notes how far an open session has come; ``next_step`` never goes back, however late a call arrives.
+
+        Raises:
+            SessionNotFoundError: No open session has that id.
+        """
+        furthest = sa.case((_C.next_step > next_step, _C.next_step), else_=next_step)
+        with self._transaction("noting a session's progress") as connection:
+            where = (_C.session_id == session_id) & (_C.state == SessionState.OPEN)
+            change = sa.update(_SESSIONS).where(where).values(next_step=furthest, last_used_at=when)
+            touched = connection.execute(change).rowcount
+        if not touched:
+            raise SessionNotFoundError(f"no open session {session_id.hex()}; open a new one")
+
+    def end(self, session_id: bytes, how: SessionState, when: datetime | None = None) -> bool:
+        """Ends an open session; the first end counts.
+
+        Returns:
+            Whether it was open.
+        """
+        where = _C.session_id == session_id
+        return self._end("ending a session", where, how, when) == 1
+
+    def mark_lost(self, node: str, when: datetime | None = None) -> int:
+        """Ends all sessions that a node's earlier process left open; called once, before the node serves.
+
+        One process at a time serves under a node's identity: a second one on the same database ends the first one's.
+
+        Returns:
+            How many there were.
+        """
+        return self._end("marking lost sessions", _C.node == node, SessionState.LOST, when)
+
+    def open_sessions(self, node: str) -> tuple[SessionRow, ...]:
+        """A node's open sessions, oldest first."""
+        where = (_C.node == node) & (_C.state == SessionState.OPEN)
+        with self._transaction("listing sessions") as connection:
+            found = connection.execute(sa.select(_SESSIONS).where(where).order_by(_C.opened_at, _C.session_id)).all()
+        return tuple(_row(each) for each in found)
+
+    def owner_usage(self, owner: str) -> OwnerUsage:
+        """What an owner holds in open sessions, on all nodes that share this table."""
+        sums = (sa.func.coalesce(sa.func.sum(column), 0) for column in (_C.reserved_bytes, _C.parameters))
+        where = (_C.owner == owner) & (_C.state == SessionState.OPEN)
+        with self._transaction("adding up an owner's sessions") as connection:
+            count, reserved, parameters = connection.execute(sa.select(sa.func.count(), *sums).where(where)).one()
+        return OwnerUsage(sessions=count, reserved_bytes=int(reserved), parameters=int(parameters))
+
+    def prune(self, before: datetime) -> int:
+        """Forgets sessions that ended before ``before``, and at least :data:`RETENTION` ago: their ids may come again.
+
+        Returns:
+            How many were forgotten.
+        """
+        bound = min(before, datetime.now(UTC) - RETENTION)
+        with self._transaction("pruning") as connection:
+            return connection.execute(sa.delete(_SESSIONS).where(_C.ended_at < bound)).rowcount
+
+    def close(self) -> None:
+        """Lets go of the database; any later call raises :class:`StorageError`."""
+        self._closed = True
+        self._engine.dispose()
+
+    def _end(self, doing: str, where: sa.ColumnElement[bool], how: SessionState, when: datetime | None) -> int:
+        if how is SessionState.OPEN:
+            raise ValueError("a session ends as closed, expired or lost")
+        change = sa.update(_SESSIONS).where(where & (_C.state == SessionState.OPEN))
+        with self._transaction(doing) as connection:
+            return connection.execute(change.values(state=how, ended_at=when or datetime.now(UTC))).rowcount
+
+    @contextmanager
+    def _transaction(self, doing: str) -> Iterator[sa.Connection]:
+        if self._closed:
+            raise StorageError("this node is shutting down; take another node")
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, OSError) as error:
+            _log.error("session table %s: %s failed: %s", self._name, doing, _cause(error))
+            raise StorageError("the node's session table fails; try again later or take another node") from error
+
+
+def _row(found: sa.Row[Any]) -> SessionRow:
+    values = dict(found._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    return SessionRow(**values | {"state": SessionState(values["state"])})
+
+
+def _cause(error: Exception) -> str:
+    """The driver's own words in one line: no SQL, no parameters."""
+    return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+
+
+def _shown(url: sa.URL) -> str:
+    """The URL without its password, which may also stand among the parameters."""
+    return url.set(query={"host": url.query["host"]} if "host" in url.query else {}).render_as_string()
+
+
+def _engine(url: str) -> sa.Engine:
+    try:
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number
+        parsed = None
+    try:
+        if parsed is not None and parsed.drivername in {"sqlite", "sqlite+pysqlite"}:
+            return _sqlite(parsed)
+        if parsed is not None and parsed.drivername == "postgresql+psycopg":
+            return _postgresql(parsed)
+    except (ImportError, NoSuchModuleError) as error:
+        raise ConfigError("PostgreSQL needs its driver: pip install 'cloister[postgres]'") from error
+    raise ConfigError(  # the URL is not repeated: it may hold a password
+        "the session table's URL must read sqlite:////path/to/file.sqlite or postgresql+psycopg://user@host/database"
+    ) from None
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+    path = url.database
+    if not path or path == ":memory:" or url.query:
+        raise ConfigError(
+            "the session table must outlive the process; name a file alone: sqlite:////path/to/file.sqlite"
+        )
+    try:
+        # It says who trains here and when: for the operator's eyes only. SQLite's side files take over the mode.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise StorageError(f"session table {_shown(url)}: {error.strerror}; make its folder writable") from error
+    # One connection: threads then wait for each other in turn, not in SQLite's sleeps. Transactions are begun below.
+    engine = sa.create_engine(
+        url,
+        hide_parameters=True,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=_WAIT_S,
+        connect_args={"timeout": _WAIT_S, "isolation_level": None},
+    )
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            break
+        except sqlite3.OperationalError as error:
+            # A new file that two processes switch to WAL at once: SQLite gives up here without waiting.
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    if mode != "wal":
+        raise StorageError("this file system has no shared memory for SQLite's WAL; use a local disk or PostgreSQL")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")  # a transaction that turns from reader to writer may not wait
+
+
+def _postgresql(url: sa.URL) -> sa.Engine:
+    ours = {
+        "connect_timeout": _WAIT_S,
+        "tcp_user_timeout": _WAIT_S * 1000,
+        "options": f"-c statement_timeout={_WAIT_S * 1000}",
+    }
+    return sa.create_engine(
+        url,
+        hide_parameters=True,
+        pool_pre_ping=True,  # a database that was restarted is found again
+        pool_timeout=_WAIT_S,
+        connect_args={name: value for name, value in ours.items() if name not in url.query},
+    )
