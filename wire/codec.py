@@ -1,0 +1,148 @@
+"""Tensors to bytes and back, strictly.
+
+A :class:`~protos.tensor_pb2.Tensor` is a typed header (dtype, codec, shape) and raw little-endian bytes, element after
+element in C order. The law is ``decode(encode(t)) == t`` to the bit, NaN payloads included.
+
+Decoding copies nothing: the tensor reads the message's own bytes, so it must not be written to. Its memory need not be
+aligned to more than 16 bytes, and kernels may pick another path (and other last bits) by alignment; whoever computes
+with it for numbers that must repeat takes :func:`owned` of it first, one copy into torch's own memory.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from typing import Final
+
+import torch
+
+from protos import tensor_pb2
+from wire.errors import LimitExceededError, NonFiniteError, TensorRejectedError
+
+__all__ = [
+    "DTYPES",
+    "FRAME_DTYPES",
+    "MAX_RANK",
+    "MAX_TENSOR_BYTES",
+    "check_finite",
+    "decode",
+    "dtype_number",
+    "encode",
+    "owned",
+]
+
+if sys.byteorder != "little":
+    raise ImportError("cloister reads and writes little-endian tensors in place; this machine is big-endian")
+
+MAX_TENSOR_BYTES: Final = 256 * 2**20  # the largest ViT-H cut at batch 64 in fp32, doubled
+MAX_RANK: Final = 8  # video batches have 5 dimensions, attention scores with groups 6
+_MAX_SIZE: Final = 2**40  # any larger dimension is a lie whatever its dtype
+
+DTYPES: Final[dict[int, torch.dtype]] = {
+    tensor_pb2.D_TYPE_FLOAT32: torch.float32,
+    tensor_pb2.D_TYPE_BFLOAT16: torch.bfloat16,
+    tensor_pb2.D_TYPE_FLOAT16: torch.float16,
+    tensor_pb2.D_TYPE_INT8: torch.int8,
+    tensor_pb2.D_TYPE_INT64: torch.int64,
+    tensor_pb2.D_TYPE_BOOL: torch.bool,
+    tensor_pb2.D_TYPE_FLOAT64: torch.float64,
+    tensor_pb2.D_TYPE_INT32: torch.int32,
+    tensor_pb2.D_TYPE_UINT8: torch.uint8,
+    tensor_pb2.D_TYPE_INT16: torch.int16,
+}
+#: What a frame may carry; the rest stands in programs and weights only.
+FRAME_DTYPES: Final = frozenset(
+    {torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool},
+)
+_NUMBERS: Final = {dtype: number for number, dtype in DTYPES.items()}
+
+with warnings.catch_warnings():
+    # torch warns once a process that the buffer is read-only, which is the point: let that once be now.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
+def dtype_number(dtype: torch.dtype) -> tensor_pb2.DType:
+    """The wire's number of ``dtype``.
+
+    Raises:
+        TensorRejectedError: the wire has no such dtype.
+    """
+    number = _NUMBERS.get(dtype)
+    if number is None:
+        raise TensorRejectedError(f"tensors of {dtype} do not travel; use one of {sorted(map(str, _NUMBERS))}")
+    return number  # type: ignore[return-value]  # the stubs type enum constants as a NewType over int
+
+
+def encode(tensor: torch.Tensor) -> tensor_pb2.Tensor:
+    """``tensor``, from whatever device and layout, as a message.
+
+    Raises:
+        TensorRejectedError: its dtype does not travel in frames.
+    """
+    if tensor.dtype not in FRAME_DTYPES:
+        raise TensorRejectedError(f"frames carry no {tensor.dtype}; use one of {sorted(map(str, FRAME_DTYPES))}")
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return tensor_pb2.Tensor(
+        dtype=_NUMBERS[tensor.dtype],  # type: ignore[arg-type]  # as above
+        codec=tensor_pb2.CODEC_RAW,
+        shape=tensor.shape,
+        data=flat.view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def decode(message: tensor_pb2.Tensor, *, max_bytes: int = MAX_TENSOR_BYTES) -> torch.Tensor:
+    """The tensor of ``message``, reading the message's bytes in place; never write to it.
+
+    Raises:
+        TensorRejectedError: the header is not one of ours, or its claim differs from the bytes that came.
+        LimitExceededError: the header claims more than ``max_bytes``.
+    """
+    dtype = DTYPES.get(message.dtype)
+    if dtype is None or dtype not in FRAME_DTYPES:
+        raise TensorRejectedError(f"unknown dtype {message.dtype} in a tensor's header")
+    if message.codec != tensor_pb2.CODEC_RAW:
+        raise TensorRejectedError(f"unknown codec {message.codec} in a tensor's header")
+    shape = tuple(message.shape)
+    if len(shape) > MAX_RANK:
+        raise TensorRejectedError(f"a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
+    if any(size > _MAX_SIZE for size in shape):
+        raise TensorRejectedError(f"a dimension of {max(shape)}; at most {_MAX_SIZE}")
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > max_bytes:
+        raise LimitExceededError(f"a tensor of {claimed} bytes; the limit is {max_bytes}")
+    data = message.data
+    if claimed != len(data):
+        raise TensorRejectedError(f"a header that claims {claimed} bytes before {len(data)} bytes of data")
+    if claimed == 0:
+        return torch.empty(shape, dtype=dtype)
+    if dtype is torch.bool and data.translate(None, b"\0\1"):
+        raise TensorRejectedError("a boolean tensor with bytes other than 0 and 1")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def owned(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A copy of a decoded tensor in memory of torch's own (aligned, writable), on ``device``."""
+    if device is not None and device.type != "cpu":
+        return tensor.to(device)
+    return tensor.clone()
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Refuses NaN and Inf (T06).
+
+    Raises:
+        NonFiniteError: naming ``what`` and how many elements.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # A finite sum proves finite terms, and is several times cheaper than looking at each; the sum alone may overflow.
+    if math.isfinite(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None).item()):  # noqa: PLR2004
+        return
+    bad = int((~torch.isfinite(tensor)).sum().item())
+    if bad:
+        raise NonFiniteError(
+            f"{what}: {bad} of {tensor.numel()} elements are NaN or Inf; the training diverged "
+            "(lower the learning rate, clip gradients) or the peer sends poison",
+        )
