@@ -31,6 +31,7 @@ __all__ = [
     "alternative_names",
     "facts_of",
     "fingerprint_of",
+    "first_certificate",
     "new_certificate",
     "read_certificate_file",
     "read_certificates",
@@ -84,6 +85,15 @@ def facts_of(pem: bytes, what: str = "the certificate") -> CertificateFacts:
         valid_until=certificate.not_valid_after_utc,
         is_authority=authority,
     )
+
+
+def first_certificate(pem: bytes) -> bytes:
+    """The first certificate in ``pem`` alone; what follows a pinned one, a chain or worse, is not trusted.
+
+    Raises:
+        IdentityError: There is no certificate in it.
+    """
+    return read_certificates(pem, "the certificate")[0].public_bytes(Encoding.PEM)
 
 
 def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:

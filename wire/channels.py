@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import grpc
 
-from wire.certificates import NODE_NAME, facts_of, fingerprint_of, read_certificate_file
+from wire.certificates import NODE_NAME, facts_of, fingerprint_of, first_certificate, read_certificate_file
 from wire.errors import ConfigError, IdentityError, UnreachableError
 from wire.trust import Trust, check_pinnable, peer_fingerprint
 
@@ -252,7 +252,7 @@ def _fetch_pinned(target: str, pin: str, timeout_s: float) -> bytes:
 
 
 def _read_pinned(file: Path) -> bytes:
-    pem = read_certificate_file(file)
+    pem = first_certificate(read_certificate_file(file))
     check_pinnable(pem, str(file))
     return pem
 
