@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Final, Self
 
 from protos import node_pb2
+from server_side.table import OwnerUsage
 from wire.codec import MAX_TENSOR_BYTES
 from wire.errors import BusyError, ConfigError, LimitExceededError
 
-__all__ = ["Accounts", "Limits", "OwnerUsage", "Reservation"]
+__all__ = ["Accounts", "Limits", "Reservation"]
 
 MESSAGE_BYTES: Final = MAX_TENSOR_BYTES + 16 * 2**20  # the largest tensor, with labels and small skips beside it
 PROGRAM_BYTES: Final = 16 * 2**20  # a hundred times what a Llama's four decoder layers take
@@ -61,15 +62,6 @@ class Limits:
     def to_proto(self) -> node_pb2.Limits:
         """As ``Describe`` tells it to owners."""
         return node_pb2.Limits(**dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OwnerUsage:
-    """What one owner holds."""
-
-    sessions: int = 0
-    reserved_bytes: int = 0
-    parameters: int = 0
 
 
 class Reservation:

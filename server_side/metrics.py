@@ -32,6 +32,9 @@ COMPUTE_BUCKETS_S: Final = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0
 MAX_SCRAPES: Final = 8  # at once; a scraper asks four times a minute, so more are a flood and are hung up on
 SCRAPE_TIMEOUT_S: Final = 5.0  # for each read or write of a scrape; THREATS T05
 
+_LAST_PORT: Final = 65535
+_POLL_S: Final = 0.1  # how long closing may take
+
 _log = logging.getLogger(__name__)
 
 _PHASES: Final = {
@@ -122,12 +125,14 @@ class Metrics:
         Raises:
             ConfigError: Nothing can listen there.
         """
+        if not 0 <= port <= _LAST_PORT:  # resolvers take such a port modulo 65536
+            raise ConfigError(f"metrics on {host}:{port}: no such port; name one from 0 to {_LAST_PORT}")
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             server = _Server(family, address, self._application())
-        except (OSError, OverflowError) as error:  # a port above 65535
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that no name can be
             raise ConfigError(f"metrics on {host}:{port}: {error}; name a free port of this machine") from error
-        thread = threading.Thread(target=server.serve_forever, name="cloister-metrics", daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="cloister-metrics", daemon=True)
         thread.start()
         return MetricsServer(port=server.server_port, _server=server, _thread=thread)
 
@@ -175,6 +180,7 @@ class _Handler(WSGIRequestHandler):
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 4 * MAX_SCRAPES  # so that a flood is hung up on, not left to wait
 
     def __init__(
         self,
@@ -210,6 +216,6 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         finally:
             self._scrapes.release()
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002 - as in the base class
         """Drops a broken scrape: the scraper sees it, and asks again."""
         _log.debug("a scrape broke off", exc_info=True)

@@ -28,11 +28,10 @@ from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from server_side.accounts import OwnerUsage
 from server_side.migrations import migrate
 from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
 
-__all__ = ["RETENTION", "SessionRow", "SessionState", "SessionTable"]
+__all__ = ["RETENTION", "OwnerUsage", "SessionRow", "SessionState", "SessionTable"]
 
 RETENTION: Final = timedelta(days=30)  # longer than an owner's restored backup is old; 30,000 sessions take 12 MB
 
@@ -83,6 +82,15 @@ class SessionRow:
         for name in ("next_step", "reserved_bytes", "parameters"):
             if not 0 <= getattr(self, name) <= _LARGEST:
                 raise SpecRejectedError(f"{name} is {getattr(self, name)}; this node counts from 0 to {_LARGEST}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OwnerUsage:
+    """What one owner holds."""
+
+    sessions: int = 0
+    reserved_bytes: int = 0
+    parameters: int = 0
 
 
 class _Utc(sa.TypeDecorator[datetime]):
@@ -164,8 +172,9 @@ class SessionTable:
         values = dataclasses.asdict(row)
         with self._transaction("opening a session") as connection:
             insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-            written = connection.execute(insert(_SESSIONS).values(values).on_conflict_do_nothing()).rowcount
-        if not written:
+            statement = insert(_SESSIONS).values(values).on_conflict_do_nothing().returning(_C.session_id)
+            written = connection.execute(statement).scalar_one_or_none()
+        if written is None:
             raise SessionReusedError(f"session id {row.session_id.hex()} was used before; draw a new one")
 
     def find(self, session_id: bytes) -> SessionRow | None:
@@ -262,8 +271,9 @@ def _row(found: sa.Row[Any]) -> SessionRow:
 
 
 def _cause(error: Exception) -> str:
-    """The driver's own words in one line: no SQL, no parameters."""
-    return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+    """The driver's own first line; PostgreSQL goes on with the statement and the row."""
+    text = str(error.orig if isinstance(error, DBAPIError) else error)
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _shown(url: sa.URL) -> str:
