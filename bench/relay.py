@@ -310,8 +310,8 @@ class _Engine:
 
     def _resume(self, now: float) -> None:
         if self._stalled_at is not None:
-            self._up.shift(now - self._stalled_at)
-            self._down.shift(now - self._stalled_at)
+            for link in (self._up, self._down):
+                link.shift(now - self._stalled_at)
             self._stalled_at = None
 
     def _command(self, now: float) -> None:

@@ -126,21 +126,21 @@ def test_one_byte_there_and_back_takes_the_claimed_round_trip(rtt_s: float, bits
         first = _ping(sock)
         times = [_ping(sock) for _ in range(15)]
 
-    assert min(times) > rtt_s * 0.95
-    assert statistics.median(times) < rtt_s * 1.1 + 0.001
+    assert rtt_s * 0.95 < min(times) < rtt_s * 1.1 + 0.001
+    assert statistics.median(times) < rtt_s * 2, "a busy machine may be late now and then, not as a rule"
     assert first > rtt_s * 1.9, "the handshake's round trip is missing"
 
 
 @pytest.mark.parametrize(
     ("rtt_s", "bits_per_s", "total", "tolerance"),
-    [(0.05, 100 * MBIT, 6_000_000, 0.05), (0.01, 1000 * MBIT, 50_000_000, 0.10)],
+    [(0.05, 100 * MBIT, 6_000_000, 0.05), (0.01, 1000 * MBIT, 40_000_000, 0.10)],
 )
 def test_a_bulk_transfer_runs_at_the_claimed_rate_in_both_directions_at_once(
     rtt_s: float, bits_per_s: float, total: int, tolerance: float
 ) -> None:
-    # A busy machine slows a transfer down, only a broken clock speeds it up: the faster of three attempts counts.
+    # A busy machine slows a transfer down, only a broken clock speeds it up: the fastest of a few attempts counts.
     fastest = (0.0, 0.0)
-    for _ in range(3):
+    for _ in range(6):
         if min(fastest) < bits_per_s * (1 - tolerance):
             up, down = _rates(rtt_s, bits_per_s, total)
             fastest = max(up, fastest[0]), max(down, fastest[1])
@@ -175,13 +175,14 @@ def _echo_once(port: int, total: int) -> None:
         sender.join()
 
 
-@pytest.mark.parametrize("bits_per_s", [400 * MBIT, math.inf])
-def test_bytes_arrive_in_order_and_intact_and_the_end_of_the_stream_is_passed_on(bits_per_s: float) -> None:
-    sent = os.urandom(3_000_001)
+@pytest.mark.parametrize(("bits_per_s", "total"), [(400 * MBIT, 3_000_001), (math.inf, 20_000_001)])
+def test_bytes_arrive_in_order_and_intact_and_the_end_of_the_stream_is_passed_on(bits_per_s: float, total: int) -> None:
+    sent = os.urandom(total)
 
     with _Server(_echo) as server, Relay(server.port, 0.004, bits_per_s) as relay, _connected(relay.port) as sock:
         writer = threading.Thread(target=_send_all, args=(sock, sent))
         writer.start()
+        time.sleep(0.2)  # what the kernel does not hold for a late reader waits in the relay
         received = b"".join(iter(lambda: sock.recv(2**16), b""))
         writer.join()
 
@@ -220,12 +221,19 @@ def test_a_receiver_that_does_not_read_stops_its_own_sender_and_nobody_else() ->
     assert passed < 2**25
 
 
+def test_a_sender_gets_no_further_ahead_than_the_link_and_the_kernel_hold() -> None:
+    with _Server(_echo) as server, Relay(server.port, 0.01, 10 * MBIT) as relay, _connected(relay.port) as sock:
+        sock.settimeout(0.4)
+        with pytest.raises(TimeoutError):
+            sock.sendall(bytes(24 * 2**20))
+
+
 def test_a_stall_holds_everything_back_and_a_resume_loses_nothing() -> None:
-    with _Server(_echo) as server, Relay(server.port, 0.02, 100 * MBIT) as relay, _connected(relay.port) as sock:
+    with _Server(_echo) as server, Relay(server.port, 0.2, 100 * MBIT) as relay, _connected(relay.port) as sock:
         _ping(sock)
         sock.sendall(b"under way")
         relay.stall()
-        sock.settimeout(0.2)
+        sock.settimeout(0.4)
         with pytest.raises(TimeoutError):
             sock.recv(1)
         relay.resume()
@@ -236,8 +244,8 @@ def test_a_stall_holds_everything_back_and_a_resume_loses_nothing() -> None:
         after = _ping(sock)
 
     assert received == b"under way"
-    assert took > 0.01, "what was under way has to travel the rest of its way"
-    assert after < 0.1
+    assert took > 0.13, "what was under way has to travel the rest of its way"
+    assert after < 0.3
 
 
 def test_a_reset_reaches_both_sides_of_every_connection() -> None:
@@ -274,6 +282,7 @@ def test_a_cut_lets_exactly_the_claimed_bytes_through_and_then_resets_both_sides
 
     def collect(sock: socket.socket) -> None:
         sock.sendall(sock.recv(1))
+        time.sleep(0.1)  # a reset that came too early would take unread bytes back
         while data := sock.recv(2**16):
             received.extend(data)
 
