@@ -15,11 +15,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # All that makes a virtual environment stale: what is asked for, the interpreter, and the folder (scripts name it).
-FINGERPRINT := $(shell { cat pyproject.toml constraints.txt; $(PYTHON) -V; pwd; } \
-	| $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')
+FINGERPRINT := $(shell $(PYTHON) -c 'import hashlib, os, sys, tomllib; \
+	project = tomllib.load(open("pyproject.toml", "rb")); \
+	asked = [project["build-system"], project["project"], project["tool"]["setuptools"], open("constraints.txt").read()]; \
+	print(hashlib.sha256(repr((asked, sys.version, os.getcwd())).encode()).hexdigest()[:16])' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(FINGERPRINT)
 
+# Not compiled: Python compiles what is imported, and all of torch and transformers would take longer than the download.
+PIP = $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
+
 PROTOS_OUT ?= .
+DOCS_OUT ?= docs
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc --proto_path=.
 
 help:  ## print this
@@ -28,14 +34,13 @@ help:  ## print this
 setup: $(STAMP)  ## make .venv with the versions of constraints.txt, unless it stands
 
 $(STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Cloister needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(FINGERPRINT)" || { echo "Cloister needs Python 3.11 or newer: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes and 2 GB, once."
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $(PIP_FLAGS) \
-		--editable '.[dev,postgres]'
-	touch $@
+	$(PIP) --upgrade pip setuptools
+	$(PIP) --no-build-isolation $(PIP_FLAGS) --editable '.[dev,postgres]'
+	@touch $@
 
 demo: setup  ## train a real model through a real node over mutual TLS, and prove the result
 	$(BIN)/cloister demo
@@ -43,15 +48,17 @@ demo: setup  ## train a real model through a real node over mutual TLS, and prov
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
-lint: setup  ## check style, types, imports, and that the stubs match the .proto files
+lint: setup  ## check style, types, imports, and that what is generated is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
-	$(MAKE) --no-print-directory protos PROTOS_OUT="$$fresh"; \
+	$(MAKE) --no-print-directory protos docs PROTOS_OUT="$$fresh" DOCS_OUT="$$fresh"; \
 	diff -r --exclude=__pycache__ --exclude=__init__.py --exclude=py.typed --exclude='*.proto' "$$fresh/protos" protos \
-		|| { echo "protos/ is not what its .proto files say: run 'make protos' and commit the stubs" >&2; exit 1; }
+		|| { echo "protos/ is not what its .proto files say: run 'make protos' and commit the stubs" >&2; exit 1; }; \
+	diff "$$fresh/cli.md" docs/cli.md \
+		|| { echo "docs/cli.md is not what the commands say: run 'make docs' and commit it" >&2; exit 1; }
 
 protos: setup  ## regenerate the stubs in protos/
 	$(PROTOC) --python_out=$(PROTOS_OUT) --mypy_out=quiet:$(PROTOS_OUT) protos/*.proto
@@ -61,7 +68,7 @@ bench: setup  ## measure against the same models trained unsplit; writes bench/R
 	$(BIN)/python -m bench
 
 docs: setup  ## write docs/cli.md from the commands themselves
-	$(BIN)/typer cloister.main utils docs --name cloister --output docs/cli.md
+	$(BIN)/python -m docs.cli $(DOCS_OUT)/cli.md
 
 clean:  ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
