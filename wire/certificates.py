@@ -40,6 +40,7 @@ __all__ = [
 NODE_NAME: Final = "cloister-node"  # in every certificate of ours, so that a pin works whatever the host is called
 MAX_BUNDLE_BYTES: Final = 2**20  # a thousand pinned certificates in one file, or all the CAs of an operating system
 _CLOCK_SLACK: Final = dt.timedelta(hours=1)  # a peer's clock may run behind when the certificate is new
+_USES: Final = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH)
 _LABEL: Final = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DNS_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")  # RFC 1123, section 2.1
 
@@ -121,14 +122,11 @@ def read_certificate_file(path: Path) -> bytes:
     return content
 
 
-def new_certificate(
-    common_name: str, names: Sequence[x509.GeneralName], *, days: int, serves: bool
-) -> tuple[bytes, bytes]:
-    """A certificate that signs itself, and its key, in PEM; without ``serves`` it is good for dialling out only."""
+def new_certificate(common_name: str, names: Sequence[x509.GeneralName], *, days: int) -> tuple[bytes, bytes]:
+    """A certificate that signs itself, and its key, both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     now = dt.datetime.now(dt.UTC)
-    uses = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([ExtendedKeyUsageOID.SERVER_AUTH] if serves else [])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -141,7 +139,7 @@ def new_certificate(
         # No authority, and no right to sign certificates: a pinned peer cannot vouch for a stranger.
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_digital_signature_only(), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(_USES), critical=False)
         .sign(key, hashes.SHA256())
     )
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -284,10 +284,16 @@ def _why(channel: grpc.Channel) -> str:
 
 
 def _advice(why: str) -> str:
-    if "CERTIFICATE_VERIFY_FAILED" in why or "Hostname Verification" in why:
+    if "has expired" in why:
+        return "the node's certificate has expired; its operator makes a new identity, and you pin that one"
+    if "CERTIFICATE_VERIFY_FAILED" in why:
         return "the node shows another certificate than the one you gave; compare with `cloister keys show` at the node"
+    if "Hostname Verification" in why:
+        return (
+            "the node's certificate does not carry this host's name; its operator has one issued that does, or pin it"
+        )
     if "refused" in why:
-        return "no node runs at this address; start it, or check host and port"
+        return "nothing listens there, or not at all addresses of that name; start the node, or check host and port"
     if "Socket closed" in why or "reset" in why:
         return (
             "something is there but hangs up, as a node does that does not trust your certificate; at the node run "

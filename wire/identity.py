@@ -97,7 +97,7 @@ def create_identity(
 
     Args:
         folder: A folder that does not exist yet, or is empty.
-        role: ``owner`` or ``node``. An owner's certificate cannot be used to serve.
+        role: ``owner`` or ``node``.
         passphrase: Encrypts the signing key. The TLS key is not encrypted.
         names: DNS names and IP addresses at which peers reach a node; pinned peers need none.
         days: How long the certificate is valid.
@@ -111,9 +111,7 @@ def create_identity(
     alternatives = alternative_names(names)
     _refuse_to_overwrite(folder)
     address, keystore = _new_keystore(passphrase)
-    certificate_pem, private_key_pem = new_certificate(
-        f"cloister {role} {address}", alternatives, days=days, serves=role == "node"
-    )
+    certificate_pem, private_key_pem = new_certificate(f"cloister {role} {address}", alternatives, days=days)
     facts = {"version": 1, "role": role, "address": address}
     files = {
         KEYSTORE_FILE: keystore,
