@@ -1,0 +1,1 @@
+"""Models and data that Cloister's examples, tests and benchmarks share."""
