@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from wire.errors import ConfigError, IdentityError
@@ -106,9 +107,12 @@ def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
     if b"PRIVATE KEY-----" in pem:
         raise IdentityError(f"{what} contains a private key: never hand that out; pass on tls.crt alone")
     try:
-        return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+        certificates = x509.load_pem_x509_certificates(pem)
+    except (ValueError, CryptographyDeprecationWarning) as error:  # the latter where warnings are errors
         raise IdentityError(f"{what} is no certificate in PEM: expected -----BEGIN CERTIFICATE-----") from error
+    if any(certificate.serial_number <= 0 for certificate in certificates):
+        raise IdentityError(f"{what} has a serial number that is not positive (RFC 5280, 4.1.2.2): have it made anew")
+    return certificates
 
 
 def read_certificate_file(path: Path) -> bytes:

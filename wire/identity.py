@@ -84,7 +84,7 @@ class Identity:
 
     role: Role
     address: str
-    certificate_pem: bytes
+    certificate_pem: bytes = field(repr=False)  # not secret, but fifteen lines long
     private_key_pem: bytes = field(repr=False)
     fingerprint: str
     folder: Path
