@@ -390,6 +390,7 @@ class SessionSpec(google.protobuf.message.Message):
     MAX_ROWS_FIELD_NUMBER: builtins.int
     MAX_IN_FLIGHT_FIELD_NUMBER: builtins.int
     FIRST_STEP_FIELD_NUMBER: builtins.int
+    WANT_INPUT_GRADIENTS_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """Chosen by the owner, 16 random bytes, never used twice."""
     node_fingerprint: builtins.bytes
@@ -406,6 +407,8 @@ class SessionSpec(google.protobuf.message.Message):
     max_in_flight: builtins.int
     first_step: builtins.int
     """The step that the first frame will carry; more than 0 when a snapshot is restored."""
+    want_input_gradients: builtins.bool
+    """False where the front is frozen: then nothing comes down for a backward but the acknowledgement."""
     @property
     def loss(self) -> Global___Loss:
         """VANILLA only."""
@@ -428,10 +431,11 @@ class SessionSpec(google.protobuf.message.Message):
         max_rows: builtins.int = ...,
         max_in_flight: builtins.int = ...,
         first_step: builtins.int = ...,
+        want_input_gradients: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["loss", b"loss", "optimizer", b"optimizer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_sha256", b"state_sha256", "topology", b"topology"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SessionSpec: typing_extensions.TypeAlias = SessionSpec

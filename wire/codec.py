@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Final
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "dtype_number",
     "encode",
     "owned",
+    "payload_bytes",
 ]
 
 if sys.byteorder != "little":
@@ -127,6 +129,11 @@ def owned(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Ten
     if device is not None and device.type != "cpu":
         return tensor.to(device)
     return tensor.clone()
+
+
+def payload_bytes(messages: Iterable[tensor_pb2.Tensor]) -> int:
+    """The bytes of data in ``messages``, by their headers: asking the messages themselves would copy them."""
+    return sum(math.prod(m.shape) * DTYPES[m.dtype].itemsize for m in messages if m.dtype in DTYPES)
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "loss_from_proto",
     "optimizer_from_proto",
+    "stream",
     "stream_seed",
 ]
 
@@ -68,6 +70,23 @@ def stream_seed(seed: int, part: str, step: int = 0, micro_batch: int = 0) -> in
     """
     text = f"cloister.stream.v1|{seed}|{part}|{step}|{micro_batch}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def stream(seed: int, part: str, step: int, micro_batch: int) -> Iterator[None]:
+    """Inside, torch's default generators draw from that stream; afterwards they stand where they stood."""
+    cpu = torch.default_generator.get_state()
+    # Only where CUDA is at work already: asking would start it.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    torch.default_generator.manual_seed(number := stream_seed(seed, part, step, micro_batch))
+    if cuda:
+        torch.cuda.manual_seed_all(number)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

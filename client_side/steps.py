@@ -1,0 +1,169 @@
+"""One training step of the owner, micro-batch by micro-batch, with several in flight.
+
+The order of every sum is fixed: fronts run forward, heads run, and fronts run backward, each in the order of the
+micro-batches, whatever the timing. So the numbers do not depend on how many are in flight, only on how the batch is cut
+into micro-batches.
+
+Shapes: a batch ``x`` is a tuple of tensors ``[B, ...]``; ``B`` rows become ``m`` micro-batches of ``B // m`` or one more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from client_side.cutting import Cut
+from client_side.link import Answer, Link
+from protos import node_pb2
+from wire.errors import MessageRejectedError
+from wire.recipe import Loss, PartOptimizer, stream
+
+__all__ = ["Batch", "MicroBatch", "StepRunner", "micro_batches", "rows_of"]
+
+Batch: TypeAlias = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A slice of a batch, and its share of the batch's mean loss."""
+
+    inputs: Batch
+    labels: torch.Tensor
+    weight: float
+
+
+@dataclass(slots=True)
+class _Flying:
+    """A micro-batch whose backward is not done."""
+
+    number: int
+    smashed: Batch
+    kept: Batch
+    kept_leaves: Batch
+    labels: torch.Tensor
+    weight: float
+
+
+def rows_of(batch: int, count: int) -> list[int]:
+    """How ``batch`` rows are divided into ``count`` micro-batches: never an empty one.
+
+    The law: ``sum(rows_of(b, m)) == b``, and the sizes differ by at most one.
+    """
+    count = min(count, batch)
+    return [batch // count + (number < batch % count) for number in range(count)]
+
+
+def micro_batches(inputs: Batch, labels: torch.Tensor, count: int) -> list[MicroBatch]:
+    """The slices of one batch, in order."""
+    rows = rows_of(labels.shape[0], count)
+    parts = zip(*(torch.split(x, rows) for x in inputs), strict=True)
+    return [
+        MicroBatch(part, label, label.shape[0] / labels.shape[0])
+        for part, label in zip(parts, torch.split(labels, rows), strict=True)
+    ]
+
+
+class StepRunner:
+    """Runs steps of one cut over one link."""
+
+    def __init__(  # noqa: PLR0913 -- a step's parts
+        self,
+        cut: Cut,
+        link: Link,
+        loss: Loss,
+        optimizers: Sequence[PartOptimizer],
+        *,
+        seed: int,
+        in_flight: int,
+        device: torch.device,
+    ) -> None:
+        """Takes what one step needs; the session on ``link`` is open."""
+        self._cut, self._link, self._loss, self._optimizers = cut, link, loss, optimizers
+        self._seed, self._in_flight, self._device = seed, in_flight, device
+        self._flying: deque[_Flying] = deque()
+        self.node_s = 0.0
+
+    def run(self, step: int, batch: list[MicroBatch]) -> float:
+        """One step: every micro-batch forward and backward, then all optimizers; returns the batch's mean loss.
+
+        Raises:
+            WireError, UnreachableError: see :meth:`Link.receive`.
+        """
+        self._flying.clear()
+        total, sent, done = 0.0, 0, 0
+        while done < len(batch):
+            while sent < len(batch) and len(self._flying) < self._in_flight:
+                self._forward(step, sent, batch[sent], last=sent == len(batch) - 1)
+                sent += 1
+            answer = self._link.receive()
+            self.node_s += answer.compute_s
+            if answer.phase == node_pb2.PHASE_FORWARD:
+                total += self._head(step, answer, last=answer.micro_batch == len(batch) - 1)
+                continue
+            if answer.phase == node_pb2.PHASE_LOSS:
+                total += answer.loss * self._flying[0].weight
+            self._backward(answer)
+            done += 1
+        for optimizer in self._optimizers:
+            optimizer.apply(step)
+        return total
+
+    def _forward(self, step: int, number: int, micro_batch: MicroBatch, *, last: bool) -> None:
+        with stream(self._seed, "front", step, number):
+            made = self._cut.front(*(x.to(self._device) for x in micro_batch.inputs))
+        smashed, kept = self._cut.split_outputs(made)
+        labels = micro_batch.labels
+        vanilla = self._cut.head is None
+        self._link.send(
+            step=step,
+            micro_batch=number,
+            phase=node_pb2.PHASE_LOSS if vanilla else node_pb2.PHASE_FORWARD,
+            tensors=smashed,
+            labels=labels if vanilla else None,
+            loss_weight=micro_batch.weight if vanilla else 0.0,
+            update=vanilla and last,
+        )
+        leaves = tuple(k.detach().requires_grad_(k.requires_grad) for k in kept)
+        self._flying.append(_Flying(number, smashed, kept, leaves, labels.to(self._device), micro_batch.weight))
+
+    def _head(self, step: int, answer: Answer, *, last: bool) -> float:
+        flying = next(f for f in self._flying if f.number == answer.micro_batch)
+        outputs = [t.to(self._device, copy=True) for t in answer.tensors]
+        for output in outputs:
+            output.requires_grad_(output.is_floating_point())
+        if self._cut.head is None:
+            raise MessageRejectedError("the node answered a forward that was never sent")
+        with stream(self._seed, "head", step, flying.number):
+            loss = self._loss(self._cut.head(*outputs, *flying.kept_leaves), flying.labels)
+        (loss * flying.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        self._link.send(
+            step=step,
+            micro_batch=flying.number,
+            phase=node_pb2.PHASE_BACKWARD,
+            tensors=[torch.zeros_like(o) if o.grad is None else o.grad for o in outputs if o.is_floating_point()],
+            update=last,
+        )
+        return loss.item() * flying.weight
+
+    def _backward(self, answer: Answer) -> None:
+        flying = self._flying.popleft()
+        if flying.number != answer.micro_batch:
+            raise MessageRejectedError("the node answered another micro-batch than the oldest")
+        tensors = [s for s in flying.smashed if s.is_floating_point()]
+        pairs = []
+        if any(s.requires_grad for s in tensors):
+            if len(answer.tensors) != len(tensors):
+                raise MessageRejectedError(f"{len(answer.tensors)} input gradients for {len(tensors)} tensors")
+            for tensor, gradient in zip(tensors, answer.tensors, strict=True):
+                if gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
+                    raise MessageRejectedError(f"an input gradient {tuple(gradient.shape)} for {tuple(tensor.shape)}")
+                # Copied: kernels may choose by alignment, and the message's bytes have none to speak of.
+                pairs.append((tensor, gradient.to(self._device, copy=True)))
+        pairs += [(k, leaf.grad) for k, leaf in zip(flying.kept, flying.kept_leaves, strict=True) if leaf.grad is not None]
+        pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])

@@ -1,0 +1,193 @@
+"""A bidirectional stream that comes back: what was not answered is sent again, the same bytes in the same order.
+
+When the connection breaks, or the peer says nothing for much longer than it ever took, the stream is dialled again with
+exponential back-off and jitter. The node answers from memory what it had computed, so a break at any byte changes
+nothing in the numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+
+from wire.channels import wait_ready
+from wire.errors import CloisterError, SessionSupersededError, StorageError, UnreachableError, error_from_rpc
+
+__all__ = ["Stream", "patiently"]
+
+_log = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S: Final = 0.05
+_MAX_BACKOFF_S: Final = 5.0
+#: A node that says nothing for so many times the longest answer so far is taken for dead ...
+_SILENCE_FACTOR: Final = 20.0
+#: ... but never sooner than this, and before the first answer (the node warms up) only after the longer one.
+_LEAST_SILENCE_S: Final = 30.0
+_FIRST_SILENCE_S: Final = 300.0
+_WATCH_S: Final = 1.0
+
+#: What a new attempt may mend.
+_PASSING: Final = (UnreachableError, SessionSupersededError, StorageError)
+
+
+class Stream:
+    """Requests up, one answer each, in order. For one thread."""
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        call: Callable[[Any], Any],
+        attachment: Callable[[], Any],
+        *,
+        reconnect_s: float,
+        name: str,
+    ) -> None:
+        """Does nothing yet: the first :meth:`send` dials.
+
+        Args:
+            channel: what ``call`` runs over.
+            call: the stub's stream-stream method.
+            attachment: makes the first message of every new stream.
+            reconnect_s: for how long a broken stream is dialled before :class:`UnreachableError`.
+            name: what messages call the peer.
+        """
+        self._channel, self._dial, self._attachment = channel, call, attachment
+        self._reconnect_s, self._name = reconnect_s, name
+        self._unanswered: deque[Any] = deque()
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._call: Any = None
+        self._waiting_since: float | None = None
+        self._longest_s = 0.0
+        self._broken_since: float | None = None
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self.reconnects = 0
+
+    def __len__(self) -> int:
+        """Requests without an answer."""
+        return len(self._unanswered)
+
+    def send(self, request: Any) -> None:
+        """Sends ``request`` when the peer takes it; never waits."""
+        if self._call is None:
+            self._attach()
+        if not self._unanswered:
+            self._waiting_since = time.monotonic()
+        self._unanswered.append(request)
+        self._outbox.put(request)
+
+    def receive(self) -> tuple[Any, Any]:
+        """The oldest unanswered request and its answer.
+
+        Raises:
+            WireError: the peer's reason for refusing it; everything unanswered is dropped.
+            UnreachableError: the peer is gone for good.
+        """
+        while True:
+            try:
+                answer = next(self._call)
+                break
+            except StopIteration:
+                self._come_back(UnreachableError("the node ended the stream"))
+            except grpc.RpcError as error:
+                told = error_from_rpc(error)
+                if not isinstance(told, _PASSING):
+                    self.drop()
+                    raise told from error
+                self._come_back(told)
+        now = time.monotonic()
+        if self._waiting_since is not None:
+            self._longest_s = max(self._longest_s, now - self._waiting_since)
+        self._broken_since = None
+        request = self._unanswered.popleft()
+        self._waiting_since = now if self._unanswered else None
+        return request, answer
+
+    def drop(self) -> None:
+        """Forgets what is unanswered and hangs up; the next :meth:`send` dials anew."""
+        self._unanswered.clear()
+        self._hang_up()
+
+    def close(self) -> None:
+        """Hangs up for good."""
+        self._closed.set()
+        self.drop()
+
+    def _attach(self) -> None:
+        outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        outbox.put(self._attachment())
+        for request in self._unanswered:
+            outbox.put(request)
+        self._outbox = outbox
+        self._call = self._dial(iter(outbox.get, None))
+        self._waiting_since = time.monotonic() if self._unanswered else None
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="cloister-watch", daemon=True)
+            self._watcher.start()
+
+    def _hang_up(self) -> None:
+        self._outbox.put(None)
+        call, self._call, self._waiting_since = self._call, None, None
+        if call is not None:
+            call.cancel()
+
+    def _come_back(self, why: CloisterError) -> None:
+        """Dials until a stream stands again."""
+        self._hang_up()
+        now = time.monotonic()
+        if self._broken_since is None:
+            self._broken_since = now
+            _log.warning("the link to %s broke (%s); dialling again", self._name, why)
+        backoff = _FIRST_BACKOFF_S
+        while time.monotonic() - self._broken_since < self._reconnect_s:
+            time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+            backoff = min(2 * backoff, _MAX_BACKOFF_S)
+            try:
+                wait_ready(self._channel, timeout=_MAX_BACKOFF_S)
+            except UnreachableError as error:
+                why = error
+                continue
+            self.reconnects += 1
+            self._attach()
+            return
+        raise UnreachableError(f"{self._name} did not come back within {self._reconnect_s:g} s: {why}") from why
+
+    def _watch(self) -> None:
+        """Hangs up on a peer that is silent for too long; :meth:`receive` then dials again."""
+        while not self._closed.wait(_WATCH_S):
+            since, call = self._waiting_since, self._call
+            if since is None or call is None:
+                continue
+            patience = max(_SILENCE_FACTOR * self._longest_s, _LEAST_SILENCE_S)
+            if not self._longest_s:
+                patience = _FIRST_SILENCE_S
+            if time.monotonic() - since > patience:
+                _log.warning("%s has been silent for %.0f s; hanging up", self._name, patience)
+                call.cancel()
+
+
+def patiently(call: Callable[[], Any], reconnect_s: float) -> Any:
+    """``call()`` until it succeeds or fails for good; only for what is safe to repeat.
+
+    Raises:
+        WireError: the peer's reason.
+        UnreachableError: for ``reconnect_s`` nobody answered.
+    """
+    started, backoff = time.monotonic(), _FIRST_BACKOFF_S
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            told = error_from_rpc(error)
+            if not isinstance(told, UnreachableError) or time.monotonic() - started > reconnect_s:
+                raise told from error
+        time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+        backoff = min(2 * backoff, _MAX_BACKOFF_S)

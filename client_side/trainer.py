@@ -1,0 +1,305 @@
+"""The trainer: fits, evaluates and predicts with a cut model whose middle lives on a node."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+
+import torch
+
+from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
+from client_side.cutting import Cut
+from client_side.link import RECONNECT_S, Link, NodeAddress, SessionRequest, Traffic
+from client_side.steps import Batch, MicroBatch, StepRunner, micro_batches, rows_of
+from protos import node_pb2
+from wire.errors import ConfigError
+from wire.identity import Identity, load_identity
+from wire.recipe import Loss, LossName, Optimizer, PartOptimizer, stream_seed
+from wire.state import STATE_PREFIX, split_state
+
+__all__ = ["Loader", "Trainer", "open_session"]
+
+_log = logging.getLogger(__name__)
+
+Loader: TypeAlias = Iterable[Sequence[torch.Tensor]]
+
+DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
+
+
+class Trainer:
+    """Trains a :class:`Cut` through a node; exact to the bit, whatever the number of micro-batches in flight.
+
+    A loader yields ``(inputs…, labels)``. The session opens with the first batch and ends with :meth:`close` (or the
+    ``with`` block); after :meth:`fit` the model that was cut holds the trained middle.
+
+    Example::
+
+        with cloister.Trainer(cut, node="gpu:7700#sha256:…", optimizer=cloister.SGD(lr=0.1), loss="cross_entropy") as t:
+            t.fit(loader, epochs=3)
+            print(t.evaluate(test_loader).accuracy)
+    """
+
+    def __init__(  # noqa: PLR0913 -- each is a decision of the user's
+        self,
+        cut: Cut,
+        *,
+        node: str | NodeAddress,
+        optimizer: Optimizer,
+        loss: LossName | Loss = "cross_entropy",
+        micro_batches: int = 1,
+        in_flight: int | None = None,
+        identity: Identity | Path | str = DEFAULT_IDENTITY,
+        seed: int = 0,
+        callbacks: Sequence[Callback] = (),
+        reconnect_s: float = RECONNECT_S,
+    ) -> None:
+        """Checks its arguments; connects to nobody yet.
+
+        Args:
+            cut: from :func:`cloister.cut`.
+            node: ``host:port#sha256:…``, or a :class:`NodeAddress`.
+            optimizer: trains all three parts, each where it is.
+            loss: by name, or a :class:`Loss`.
+            micro_batches: slices of each batch; gradients add up over them, exactly.
+            in_flight: how many of them may wait for their backward at a time; all of them, unless said otherwise.
+            identity: the owner's identity, or its folder (``cloister keys init --role owner``).
+            seed: of dropout and its like, on both sides.
+            callbacks: see :class:`Callback`.
+            reconnect_s: how long a node that is gone is waited for.
+
+        Raises:
+            ConfigError: says which argument, and what it must be.
+        """
+        if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
+            raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
+        self.cut = cut
+        self._address = node if isinstance(node, NodeAddress) else NodeAddress.parse(node)
+        self._optimizer = optimizer
+        self._loss = loss if isinstance(loss, Loss) else Loss(loss)
+        self._micro_batches, self._in_flight = micro_batches, in_flight or micro_batches
+        self._identity = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
+        self._seed, self._callbacks, self._reconnect_s = seed, list(callbacks), reconnect_s
+        self._link: Link | None = None
+        self._runner: StepRunner | None = None
+        self._max_rows = 0
+        self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
+        parts = [cut.front] if cut.head is None else [cut.front, cut.head]
+        self._optimizers = [PartOptimizer(optimizer, part.parameters()) for part in parts]
+        self.state = TrainState()
+
+    def __enter__(self) -> Self:
+        """The trainer itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Closes the session."""
+        self.close()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes so far."""
+        return Traffic(0, 0, 0) if self._link is None else self._link.traffic
+
+    def fit(self, loader: Loader, epochs: int) -> TrainState:
+        """Trains for ``epochs`` passes over ``loader``, then brings the middle home.
+
+        Raises:
+            WireError: the node's reason for refusing.
+            UnreachableError: the node is gone for longer than ``reconnect_s``.
+        """
+        control = Control()
+        self.state.epochs = self.state.epoch + epochs
+        self.state.steps_per_epoch = len(loader) if hasattr(loader, "__len__") else None
+        self._tell("on_train_begin", control)
+        for _ in range(epochs):
+            if control.should_training_stop:
+                break
+            self._epoch(loader, control)
+        self.fetch()
+        self._tell("on_train_end", control)
+        return self.state
+
+    def evaluate(self, loader: Loader) -> Evaluation:
+        """Mean loss, and accuracy for losses over classes, in evaluation mode through the node."""
+        total, right, rows = 0.0, 0, 0
+        labelled = ((tuple(inputs), labels) for *inputs, labels in loader)
+        ahead, behind = itertools.tee(labelled)
+        with torch.no_grad():
+            for output, (_, labels) in zip(self._outputs(x for x, _ in ahead), behind, strict=True):
+                target = labels.to(output.device)
+                total += self._loss(output, target).item() * len(labels)
+                if self._loss.takes_classes:
+                    right += int((output.argmax(1) == target).sum())
+                rows += target.numel() if self._loss.takes_classes and target.ndim > 1 else len(labels)
+        if not rows:
+            raise ConfigError("evaluate: the loader is empty")
+        result = Evaluation(total / rows, right / rows if self._loss.takes_classes else None, rows)
+        self._tell("on_evaluate", Control(), result)
+        return result
+
+    def predict(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The whole model's output for one batch, in evaluation mode through the node."""
+        with torch.no_grad():
+            return next(iter(self._outputs([inputs])))
+
+    def fetch(self) -> None:
+        """Brings the middle's tensors home, into the model that was cut."""
+        if self._link is None:
+            return
+        _, tensors = self._link.snapshot()
+        self.cut.load_middle(split_state(tensors)[0])
+
+    def close(self) -> None:
+        """Ends the session and the connection. A trainer that is used again opens a new session."""
+        if self._link is not None:
+            self._link.close()
+            self._link = self._runner = None
+
+    def _epoch(self, loader: Loader, control: Control) -> None:
+        state, started = self.state, time.perf_counter()
+        self._tell("on_epoch_begin", control)
+        self._train_mode()
+        total, rows = 0.0, 0
+        for *inputs, labels in loader:
+            began = time.perf_counter()
+            batch = micro_batches(tuple(inputs), labels, self._micro_batches)
+            self._tell("on_step_begin", control)
+            loss = self._opened(batch[0]).run(state.global_step, batch)
+            count = len(labels)
+            total, rows = total + loss * count, rows + count
+            state.global_step += 1
+            self._tell(
+                "on_step_end",
+                control,
+                StepEnd(state.global_step, loss, count, time.perf_counter() - began, self.traffic),
+            )
+            if control.should_training_stop:
+                break
+        state.epoch += 1
+        mean = total / rows if rows else float("nan")
+        state.log_history.append({"epoch": float(state.epoch), "step": float(state.global_step), "loss": mean})
+        self._tell("on_epoch_end", control, EpochEnd(state.epoch, mean, rows, time.perf_counter() - started))
+
+    def _opened(self, first: MicroBatch) -> StepRunner:
+        """The step runner over an open session, sized by the first micro-batch."""
+        if self._runner is None:
+            self._open(len(first.labels))
+        if self._runner is None or self._link is None:
+            raise ConfigError("the trainer was closed")
+        return self._runner
+
+    def _open(self, rows: int) -> Link:
+        self._max_rows = rows
+        link = Link(self._address, self._identity, reconnect_s=self._reconnect_s)
+        try:
+            open_session(
+                link,
+                self.cut,
+                optimizer=self._optimizer,
+                loss=self._loss,
+                seed=self._seed,
+                max_rows=rows,
+                max_in_flight=self._in_flight,
+                first_step=self.state.global_step,
+            )
+        except BaseException:
+            link.close(end_session=False)
+            raise
+        self._link = link
+        self._runner = StepRunner(
+            self.cut,
+            link,
+            self._loss,
+            self._optimizers,
+            seed=self._seed,
+            in_flight=self._in_flight,
+            device=self._device,
+        )
+        return link
+
+    def _train_mode(self) -> None:
+        for part in (self.cut.front, self.cut.head):
+            if part is not None:
+                part.train()
+
+    def _outputs(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """The whole model's outputs in evaluation mode, batch by batch."""
+        parts = [part for part in (self.cut.front, self.cut.head) if part is not None]
+        kept: list[tuple[Batch, int]] = []
+
+        def smashed() -> Iterator[Batch]:
+            for inputs in batches:
+                rows = len(inputs[0])
+                # A batch larger than the session's micro-batches goes in slices.
+                count = -(-rows // (self._max_rows or rows))
+                slices = list(zip(*(torch.split(x, rows_of(rows, count)) for x in inputs), strict=True))
+                for number, part in enumerate(slices):
+                    made = self.cut.front(*(x.to(self._device) for x in part))
+                    up, stay = self.cut.split_outputs(made)
+                    kept.append((stay, len(slices) - number - 1))
+                    yield up
+
+        def outputs(link: Link) -> Iterator[torch.Tensor]:
+            gathered: list[torch.Tensor] = []
+            for answer in link.infer(smashed()):
+                stay, left = kept.pop(0)
+                made = [t.to(self._device, copy=True) for t in answer]
+                gathered.append(made[0] if self.cut.head is None else self.cut.head(*made, *stay))
+                if left == 0:
+                    yield torch.cat(gathered) if len(gathered) > 1 else gathered[0]
+                    gathered = []
+
+        modes = [(module, module.training) for part in parts for module in part.modules()]
+        for part in parts:
+            part.eval()
+        try:
+            link = self._link
+            if link is None:
+                peeked = iter(batches)
+                first = next(peeked, None)
+                if first is None:
+                    return
+                batches = itertools.chain([first], peeked)
+                link = self._open(len(first[0]))
+            yield from outputs(link)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _tell(self, event: str, control: Control, *details: object) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event)(self.state, control, *details)
+
+
+def open_session(  # noqa: PLR0913 -- a session's spec
+    link: Link,
+    cut: Cut,
+    *,
+    optimizer: Optimizer,
+    loss: Loss,
+    seed: int,
+    max_rows: int,
+    max_in_flight: int,
+    first_step: int = 0,
+) -> None:
+    """Opens a session for ``cut`` on ``link``, with the middle's tensors as they are now."""
+    link.open(
+        SessionRequest(
+            program=cut.captured.data,
+            program_digest=cut.program.digest,
+            tensors={STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
+            topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
+            loss=loss if cut.head is None else None,
+            optimizer=optimizer,
+            seed=stream_seed(seed, "middle"),
+            max_rows=max_rows,
+            max_in_flight=max_in_flight,
+            want_input_gradients=any(p.requires_grad for p in cut.front.parameters()),
+            first_step=first_step,
+        ),
+    )

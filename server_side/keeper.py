@@ -1,0 +1,212 @@
+"""Who has which session: opening, attaching, expiring and closing, with the table, the accounts and the metrics kept true.
+
+A session belongs to the certificate that opened it; for everybody else it does not exist (T03). One training stream at a
+time works on it: a newer one of the same owner takes over, since the older one's connection is likely dead.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from protos import node_pb2
+from server_side.accounts import Accounts, Limits, Reservation
+from server_side.metrics import Metrics
+from server_side.opening import Opening
+from server_side.session import Session
+from server_side.table import SessionRow, SessionState, SessionTable
+from wire.errors import SessionLostError, SessionNotFoundError, SessionReusedError, StorageError
+
+__all__ = ["Keeper", "Stay"]
+
+_log = logging.getLogger(__name__)
+
+RETENTION: Final = dt.timedelta(days=400)  # ended sessions are kept so long: longer than a certificate's usual year
+JANITOR_S: Final = 5.0  # how late an idle session may end
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """A live session in its owner's name."""
+
+    session: Session
+    owner: str
+    spec_sha256: bytes
+    reservation: Reservation
+    #: Ends the stream that works on the session now.
+    hang_up: Callable[[], object] | None = field(default=None)
+
+
+class Keeper:
+    """All sessions of this node."""
+
+    def __init__(  # noqa: PLR0913 -- what a node is made of
+        self,
+        *,
+        fingerprint: str,
+        table: SessionTable,
+        limits: Limits,
+        metrics: Metrics,
+        device: torch.device,
+        idle_s: float,
+    ) -> None:
+        """Marks what an earlier process of this node left open as lost, then starts to expire idle sessions."""
+        self.fingerprint, self.limits, self.metrics, self.device = fingerprint, limits, metrics, device
+        self.accounts = Accounts(limits)
+        self._table, self._idle_s = table, idle_s
+        self._lock = threading.Lock()
+        self._stays: dict[bytes, Stay] = {}
+        lost = table.mark_lost(fingerprint)
+        if lost:
+            metrics.sessions_found_lost(lost)
+            _log.warning("%d sessions of an earlier process are lost", lost)
+        self._stop = threading.Event()
+        self._janitor = threading.Thread(target=self._keep_house, name="cloister-janitor", daemon=True)
+        self._janitor.start()
+
+    def __len__(self) -> int:
+        """Live sessions."""
+        with self._lock:
+            return len(self._stays)
+
+    def existing(self, owner: str, spec: node_pb2.SessionSpec) -> Stay | None:
+        """The live session that the very same opening made before, or ``None`` for a new one.
+
+        Raises:
+            SessionReusedError: that id was used, for something else or by an earlier session.
+        """
+        digest = _spec_digest(spec)
+        with self._lock:
+            stay = self._stays.get(spec.session_id)
+        if stay is not None and stay.owner == owner and stay.spec_sha256 == digest:
+            return stay
+        if stay is not None or self._table.find(spec.session_id) is not None:
+            raise SessionReusedError("this session id was used before; every opening takes a new one")
+        return None
+
+    def open(self, owner: str, spec: node_pb2.SessionSpec, opening: Opening) -> Stay:
+        """Makes the session live; from here on its reservation is released by its end.
+
+        Raises:
+            StateRejectedError, ProgramRejectedError, LimitExceededError: see :class:`Session`.
+            SessionReusedError, StorageError: see :class:`SessionTable`.
+        """
+        try:
+            session = Session(opening.plan, opening.program, opening.tensors, self.device)
+            now = dt.datetime.now(dt.UTC)
+            stay = Stay(session, owner, _spec_digest(spec), opening.reservation)
+            self._table.open(
+                SessionRow(
+                    session_id=spec.session_id,
+                    node=self.fingerprint,
+                    owner=owner,
+                    spec_sha256=stay.spec_sha256,
+                    program_sha256=opening.program.digest,
+                    next_step=spec.first_step,
+                    reserved_bytes=opening.reservation.reserved_bytes,
+                    parameters=opening.reservation.parameters,
+                    opened_at=now,
+                    last_used_at=now,
+                ),
+            )
+        except BaseException:
+            opening.reservation.release()
+            raise
+        with self._lock:
+            self._stays[spec.session_id] = stay
+        self.metrics.session_opened()
+        _log.info("session %s opened", spec.session_id.hex())
+        return stay
+
+    def find(self, owner: str, session_id: bytes) -> Stay:
+        """The owner's live session.
+
+        Raises:
+            SessionLostError: it was live in an earlier process of this node, or expired.
+            SessionNotFoundError: there is no such session for this owner.
+        """
+        with self._lock:
+            stay = self._stays.get(session_id)
+        if stay is not None and stay.owner == owner:
+            return stay
+        row = self._table.find(session_id) if stay is None and len(session_id) == 16 else None  # noqa: PLR2004
+        if row is not None and row.owner == owner and row.state is SessionState.LOST:
+            raise SessionLostError("the node restarted and the session's state is gone; open a new session")
+        if row is not None and row.owner == owner and row.state is SessionState.EXPIRED:
+            raise SessionLostError(f"the session was idle for {self._idle_s:g} s and expired; open a new session")
+        raise SessionNotFoundError("no such session")
+
+    def attach(self, stay: Stay, hang_up: Callable[[], object]) -> None:
+        """Makes a stream the one that works on ``stay``; the one before is ended."""
+        with self._lock:
+            before, stay.hang_up = stay.hang_up, hang_up
+        if before is not None:
+            before()
+
+    def detach(self, stay: Stay, hang_up: Callable[[], object]) -> None:
+        """Forgets a stream that ended by itself."""
+        with self._lock:
+            if stay.hang_up is hang_up:
+                stay.hang_up = None
+
+    def close(self, owner: str, session_id: bytes) -> bool:
+        """Ends the owner's session; false where it was not live."""
+        with self._lock:
+            stay = self._stays.get(session_id)
+        if stay is None or stay.owner != owner:
+            return False
+        return self._end(session_id, SessionState.CLOSED)
+
+    def stop(self) -> None:
+        """Ends every session as lost: their state dies with the process."""
+        self._stop.set()
+        self._janitor.join()
+        with self._lock:
+            ids = list(self._stays)
+        for session_id in ids:
+            self._end(session_id, SessionState.LOST)
+
+    def _end(self, session_id: bytes, how: SessionState) -> bool:
+        with self._lock:
+            stay = self._stays.pop(session_id, None)
+        if stay is None:
+            return False
+        if stay.hang_up is not None:
+            stay.hang_up()
+        stay.reservation.release()
+        self.metrics.session_ended(how)
+        try:
+            self._table.touch(session_id, stay.session.next_step, dt.datetime.now(dt.UTC))
+            self._table.end(session_id, how)
+        except StorageError:
+            # The memory is free either way; at the next start the row is found open and marked lost.
+            _log.exception("session %s ended as %s, which could not be written", session_id.hex(), how.value)
+        _log.info("session %s %s", session_id.hex(), how.value)
+        return True
+
+    def _keep_house(self) -> None:
+        pruned = float("-inf")
+        while not self._stop.wait(JANITOR_S):
+            now = time.monotonic()
+            with self._lock:
+                idle = [i for i, s in self._stays.items() if now - s.session.last_used > self._idle_s]
+            for session_id in idle:
+                self._end(session_id, SessionState.EXPIRED)
+            if now - pruned > dt.timedelta(days=1).total_seconds():
+                pruned = now
+                try:
+                    self._table.prune(dt.datetime.now(dt.UTC) - RETENTION)
+                except StorageError:
+                    _log.exception("old sessions could not be pruned; trying again tomorrow")
+
+
+def _spec_digest(spec: node_pb2.SessionSpec) -> bytes:
+    return hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()

@@ -1,0 +1,410 @@
+"""One session: a middle, its optimizer and its place in the training, with no network in sight.
+
+A session is a state machine over frames. Within a step, forwards come in the order of their micro-batches, and backwards in
+any order, each after its forward (gradients add up in that order); the frame marked ``update`` ends the step. A frame that was answered before is
+answered from memory (nothing is computed twice); one that cannot follow is refused and changes nothing. Answers are
+kept until the first new frame of the step after theirs, since an owner sends that only when it has them all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from protos import node_pb2, program_pb2
+from wire.codec import check_finite, decode, encode, owned
+from wire.errors import (
+    ComputeError,
+    LimitExceededError,
+    MessageRejectedError,
+    SessionLostError,
+    StateRejectedError,
+    StepOutOfOrderError,
+    TensorRejectedError,
+    WireError,
+)
+from wire.interpreter import Runner, activation_bytes, check_state
+from wire.program import Program
+from wire.recipe import Loss, Optimizer, PartOptimizer, stream_seed
+from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
+
+__all__ = ["Session", "SessionPlan"]
+
+_MAX_ROW_COUNTS: Final = 64  # different batch sizes admitted at a time; training has two, evaluation a third
+
+# Operators draw from torch's one default generator a process, so sessions whose programs draw take turns.
+_DRAWING: Final = threading.Lock()
+# Fake tensors keep process-wide caches that are not made for threads.
+_ADMITTING: Final = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPlan:
+    """What a session's spec asks for, checked."""
+
+    session_id: bytes
+    topology: node_pb2.Topology
+    loss: Loss | None
+    optimizer: Optimizer
+    seed: int
+    max_rows: int
+    max_in_flight: int
+    first_step: int
+    want_input_gradients: bool
+    activation_bytes_per_micro_batch: int
+    tensor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A micro-batch between its forward and its backward."""
+
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class Session:
+    """A middle at work. Every method takes the session's lock; frames of one session never run side by side."""
+
+    def __init__(
+        self,
+        plan: SessionPlan,
+        program: Program,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        """Takes over ``tensors``: the program's state and, where a snapshot is restored, the optimizer's.
+
+        Raises:
+            StateRejectedError: tensors that do not fit the program or the optimizer.
+            LimitExceededError: the largest micro-batch would hold more than the node allows.
+            ProgramRejectedError: an operator refuses the shapes that it would get.
+        """
+        self._plan = plan
+        self._program = program
+        self._device = device
+        self._lock = threading.Lock()
+        state, optimizer_state = split_state(tensors)
+        check_state(program, state)
+        self._train = Runner(program, program.train, device)
+        self._eval = Runner(program, program.eval, device)
+        self._admitted: dict[tuple[bool, int], None] = {}
+        for training in (True, False):
+            self._admit(training, plan.max_rows)
+        self._values = [_place(spec, state[spec.name], device) for spec in program.state]
+        self._parameters = {
+            spec.name: value
+            for spec, value in zip(program.state, self._values, strict=True)
+            if isinstance(value, nn.Parameter) and spec.requires_grad
+        }
+        self._buffers = [v for v in self._values if not isinstance(v, nn.Parameter)]
+        self._optimizer = PartOptimizer(plan.optimizer, self._parameters.values())
+        self._restore_optimizer(optimizer_state)
+        self._step = plan.first_step
+        self._pending: dict[int, _Pending] = {}
+        self._forwards = self._backwards = 0
+        self._answers: dict[tuple[int, int, int], node_pb2.TrainResponse] = {}
+        self._broken = ""
+        self.last_used = time.monotonic()
+
+    @property
+    def max_in_flight(self) -> int:
+        """Micro-batches that may wait for their backward."""
+        return self._plan.max_in_flight
+
+    @property
+    def next_step(self) -> int:
+        """The step that the next new frame belongs to."""
+        return self._step
+
+    def train(self, frame: node_pb2.Frame, resent: Callable[[], None] | None = None) -> node_pb2.TrainResponse:
+        """Answers one frame; calls ``resent`` where the answer came from memory.
+
+        Raises:
+            StepOutOfOrderError: the frame cannot follow the last one. Nothing was applied.
+            TensorRejectedError, LimitExceededError, NonFiniteError, ComputeError: its tensors. Nothing was applied.
+            SessionLostError: an update failed half-way before; the session can only be closed.
+        """
+        with self._lock:
+            self.last_used = time.monotonic()
+            known = self._answers.get((frame.step, frame.micro_batch, frame.phase))
+            if known is not None:
+                if resent is not None:
+                    resent()
+                return known
+            if self._broken:
+                raise SessionLostError(self._broken)
+            self._check_order(frame)
+            started = time.perf_counter()
+            answer = self._phase(frame)
+            answer.step, answer.micro_batch, answer.phase = frame.step, frame.micro_batch, frame.phase
+            if frame.update or frame.phase == node_pb2.PHASE_UPDATE:
+                self._update()
+                answer.updated = True
+            answer.compute_s = time.perf_counter() - started
+            self._remember(frame, answer)
+            self.last_used = time.monotonic()
+            return answer
+
+    def infer(self, batch: node_pb2.Batch) -> node_pb2.InferResponse:
+        """The middle's outputs in evaluation mode; changes nothing.
+
+        Raises:
+            TensorRejectedError, LimitExceededError, NonFiniteError, ComputeError: the batch's tensors.
+        """
+        with self._lock:
+            self.last_used = time.monotonic()
+            inputs = self._inputs(batch.tensors, training=False)
+            with torch.no_grad(), self._computing(training=False):
+                outputs = self._eval.run([*self._values, *inputs])
+            return node_pb2.InferResponse(index=batch.index, tensors=[encode(o) for o in outputs])
+
+    def snapshot(self, *, with_optimizer: bool) -> tuple[int, dict[str, torch.Tensor]]:
+        """The next step and copies of all tensors, at a step boundary.
+
+        Raises:
+            StepOutOfOrderError: in the middle of a step.
+        """
+        with self._lock:
+            self.last_used = time.monotonic()
+            if self._forwards or self._broken:
+                raise StepOutOfOrderError(f"step {self._step} is under way; finish it, then take the snapshot")
+            names = [spec.name for spec in self._program.state]
+            # What travels must not share memory with what goes on training.
+            tensors = {
+                STATE_PREFIX + name: value.detach().to("cpu", copy=True)
+                for name, value in zip(names, self._values, strict=True)
+            }
+            if with_optimizer and self._optimizer.torch is not None:
+                for name, parameter in self._parameters.items():
+                    for slot, value in self._optimizer.torch.state.get(parameter, {}).items():
+                        if isinstance(value, torch.Tensor):
+                            tensors[f"{OPTIMIZER_PREFIX}{name}/{slot}"] = value.detach().to("cpu", copy=True)
+            return self._step, tensors
+
+    def _check_order(self, frame: node_pb2.Frame) -> None:
+        if frame.step != self._step:
+            raise StepOutOfOrderError(f"step {frame.step}; expected {self._step}")
+        vanilla = self._plan.topology == node_pb2.TOPOLOGY_VANILLA
+        micro_batch, phase = frame.micro_batch, frame.phase
+        expected: int | None
+        if phase == node_pb2.PHASE_FORWARD and not vanilla:
+            expected = self._forwards
+            if len(self._pending) >= self._plan.max_in_flight:
+                raise LimitExceededError(
+                    f"{len(self._pending)} micro-batches wait for their backward; the session allows "
+                    f"{self._plan.max_in_flight}",
+                )
+        elif phase == node_pb2.PHASE_LOSS and vanilla:
+            expected = self._forwards
+        elif phase == node_pb2.PHASE_BACKWARD and not vanilla:
+            expected = micro_batch if micro_batch in self._pending else None
+        elif phase == node_pb2.PHASE_UPDATE:
+            expected = self._forwards if 0 < self._forwards == self._backwards else None
+        else:
+            raise MessageRejectedError(f"phase {phase} has no place in this session's topology")
+        if micro_batch != expected:
+            name = node_pb2.Phase.Name(phase).removeprefix("PHASE_").lower()
+            raise StepOutOfOrderError(
+                f"step {self._step}: {name} of micro-batch {micro_batch} after {self._forwards} forwards and "
+                f"{self._backwards} backwards",
+            )
+        if frame.update and (phase == node_pb2.PHASE_FORWARD or len(self._pending) > 1):
+            raise StepOutOfOrderError(f"step {self._step}: an update while other micro-batches wait for their backward")
+
+    def _phase(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        if frame.phase == node_pb2.PHASE_FORWARD:
+            return self._forward(frame)
+        if frame.phase == node_pb2.PHASE_BACKWARD:
+            return self._backward(frame)
+        if frame.phase == node_pb2.PHASE_LOSS:
+            return self._loss(frame)
+        return node_pb2.TrainResponse()
+
+    def _forward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        pending = self._run(frame)
+        self._pending[frame.micro_batch] = pending
+        self._forwards += 1
+        return node_pb2.TrainResponse(tensors=[encode(output) for output in pending.outputs])
+
+    def _backward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        pending = self._pending[frame.micro_batch]
+        outputs = [o for o in pending.outputs if o.is_floating_point()]
+        if len(frame.tensors) != len(outputs):
+            raise TensorRejectedError(f"{len(frame.tensors)} output gradients for {len(outputs)} outputs")
+        gradients = [self._receive(message, "output gradient") for message in frame.tensors]
+        for gradient, output in zip(gradients, outputs, strict=True):
+            if gradient.shape != output.shape or gradient.dtype != output.dtype:
+                raise TensorRejectedError(
+                    f"an output gradient of {gradient.dtype} {tuple(gradient.shape)} for an output of "
+                    f"{output.dtype} {tuple(output.shape)}",
+                )
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        with self._applying("backward"):
+            if pairs:
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        del self._pending[frame.micro_batch]
+        self._backwards += 1
+        return node_pb2.TrainResponse(tensors=self._input_gradients(pending))
+
+    def _loss(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        if self._plan.loss is None:
+            raise MessageRejectedError("the session's spec names no loss")
+        if not 0.0 < frame.loss_weight <= 1.0:
+            raise MessageRejectedError(f"a loss weight of {frame.loss_weight}; above 0, at most 1")
+        labels = self._receive(frame.labels, "labels")
+        pending = self._run(frame, lambda outputs: _check_labels(self._plan.loss, outputs, labels))
+        with self._applying("loss"):
+            loss = self._plan.loss(pending.outputs[0], labels)
+            (loss * frame.loss_weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        self._forwards += 1
+        self._backwards += 1
+        return node_pb2.TrainResponse(tensors=self._input_gradients(pending), loss=loss.item())
+
+    def _run(self, frame: node_pb2.Frame, check: Callable[[list[torch.Tensor]], None] | None = None) -> _Pending:
+        inputs = self._inputs(frame.tensors, training=True)
+        before = [buffer.clone() for buffer in self._buffers]
+        try:
+            with self._computing(training=True):
+                if self._train.random:
+                    torch.manual_seed(stream_seed(self._plan.seed, "middle", frame.step, frame.micro_batch))
+                fed = [x.clone() for x in inputs] if self._train.in_place else inputs
+                outputs = self._train.run([*self._values, *fed])
+                if check is not None:
+                    check(outputs)
+        except WireError:
+            # Batch statistics may have moved before an operator refused: a refused frame changes nothing.
+            with torch.no_grad():
+                for buffer, value in zip(self._buffers, before, strict=True):
+                    buffer.copy_(value)
+            raise
+        return _Pending(inputs, outputs)
+
+    def _inputs(self, messages: Sequence[Any], *, training: bool) -> list[torch.Tensor]:
+        specs = self._program.inputs
+        if len(messages) != len(specs):
+            raise TensorRejectedError(f"{len(messages)} tensors where {len(specs)} cross the cut")
+        inputs = [self._receive(message, "smashed data") for message in messages]
+        for tensor, spec in zip(inputs, specs, strict=True):
+            if tensor.dtype is not spec.dtype or tensor.ndim == 0 or tuple(tensor.shape[1:]) != spec.shape:
+                raise TensorRejectedError(
+                    f"smashed data of {tensor.dtype} {tuple(tensor.shape)}; the program takes {spec.dtype} "
+                    f"(batch, {', '.join(map(str, spec.shape))})",
+                )
+        rows = {tensor.shape[0] for tensor in inputs}
+        if len(rows) != 1 or 0 in rows:
+            raise TensorRejectedError(f"smashed data of {sorted(rows)} rows; one count of at least 1")
+        (count,) = rows
+        if count > self._plan.max_rows:
+            raise LimitExceededError(f"a micro-batch of {count} rows; the session allows {self._plan.max_rows}")
+        self._admit(training, count)
+        if training:
+            for tensor in inputs:
+                tensor.requires_grad_(tensor.is_floating_point())
+        return inputs
+
+    def _receive(self, message: Any, what: str) -> torch.Tensor:
+        tensor = decode(message, max_bytes=self._plan.tensor_bytes)
+        check_finite(tensor, what)
+        return owned(tensor, self._device)
+
+    def _admit(self, training: bool, rows: int) -> None:  # noqa: FBT001 -- a key of what was admitted
+        """Bounds what a run over ``rows`` rows allocates, once for each count: a hostile graph may grow as rows shrink."""
+        if (training, rows) in self._admitted:
+            return
+        with _ADMITTING:
+            graph = self._program.train if training else self._program.eval
+            activation_bytes(self._program, graph, rows, self._plan.activation_bytes_per_micro_batch)
+        if len(self._admitted) >= _MAX_ROW_COUNTS:
+            self._admitted.clear()
+        self._admitted[training, rows] = None
+
+    def _input_gradients(self, pending: _Pending) -> list[Any]:
+        if not self._plan.want_input_gradients:
+            return []
+        leaves = [x for x in pending.inputs if x.is_floating_point()]
+        return [encode(torch.zeros_like(x) if x.grad is None else x.grad) for x in leaves]
+
+    @contextmanager
+    def _computing(self, *, training: bool) -> Iterator[None]:
+        runner = self._train if training else self._eval
+        if runner.random:
+            _DRAWING.acquire()
+        try:
+            yield
+        except WireError:
+            raise
+        except Exception as error:  # operators raise nearly every type there is
+            raise ComputeError(f"an operator refuses this micro-batch ({type(error).__name__})") from error
+        finally:
+            if runner.random:
+                _DRAWING.release()
+
+    @contextmanager
+    def _applying(self, what: str) -> Iterator[None]:
+        """Around what cannot be taken back: a failure inside leaves gradients half-added, so the session ends."""
+        try:
+            yield
+        except Exception as error:
+            self._broken = f"the {what} of step {self._step} failed ({type(error).__name__}); open a new session"
+            raise SessionLostError(self._broken) from error
+
+    def _update(self) -> None:
+        with self._applying("update"):
+            self._optimizer.apply(self._step)
+        self._step += 1
+        self._forwards = self._backwards = 0
+
+    def _remember(self, frame: node_pb2.Frame, answer: node_pb2.TrainResponse) -> None:
+        self._answers = {key: kept for key, kept in self._answers.items() if key[0] == frame.step}
+        self._answers[frame.step, frame.micro_batch, frame.phase] = answer
+
+    def _restore_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            name, _, slot = key.rpartition("/")
+            parameter = self._parameters.get(name)
+            if parameter is None or self._optimizer.torch is None:
+                raise StateRejectedError(f"optimizer state for {name!r}, which is not trained")
+            shape: torch.Size | tuple[()] = () if slot == "step" else parameter.shape
+            if slot not in self._slots or tensor.shape != shape or tensor.dtype != torch.float32:
+                raise StateRejectedError(f"optimizer state {slot!r} of {name!r} is not this optimizer's")
+            home = torch.device("cpu") if slot == "step" else self._device
+            self._optimizer.torch.state[parameter][slot] = tensor.to(home, copy=True)
+
+    @property
+    def _slots(self) -> frozenset[str]:
+        if isinstance(self._optimizer.torch, torch.optim.SGD):
+            return frozenset({"momentum_buffer"})
+        return frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+
+
+def _place(spec: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    own = tensor.to(device, copy=True)
+    if spec.kind == program_pb2.STATE_KIND_PARAMETER:
+        return nn.Parameter(own, requires_grad=spec.requires_grad)
+    return own
+
+
+def _check_labels(loss: Loss | None, outputs: list[torch.Tensor], labels: torch.Tensor) -> None:
+    """Refuses labels that an operator would refuse late, or on a GPU fatally."""
+    output = outputs[0]
+    if loss is None or len(outputs) != 1 or not output.is_floating_point():
+        raise MessageRejectedError("the node's loss takes a middle with one output of floating point")
+    if not loss.takes_classes:
+        if labels.shape != output.shape or labels.dtype != output.dtype:
+            raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
+        return
+    if output.ndim < 2 or labels.dtype != torch.int64:  # noqa: PLR2004 -- [batch, classes, ...]
+        raise TensorRejectedError("class labels are int64 for an output [batch, classes, ...]")
+    if labels.shape != (output.shape[0], *output.shape[2:]):
+        raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= output.shape[1]:
+        raise TensorRejectedError(f"labels from {low} to {high} for {output.shape[1]} classes")

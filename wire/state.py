@@ -1,0 +1,83 @@
+"""A middle's tensors as bytes: safetensors, never pickle, under names that tell state from optimizer state."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from wire.errors import StateRejectedError
+
+__all__ = ["CHUNK_BYTES", "OPTIMIZER_PREFIX", "STATE_PREFIX", "chunks", "dump_state", "gather", "load_state", "sha256", "split_state"]
+
+STATE_PREFIX: Final = "state/"
+OPTIMIZER_PREFIX: Final = "optimizer/"
+CHUNK_BYTES: Final = 4 * 2**20  # large enough to fill a fast link, small enough to share it
+
+
+def dump_state(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """``tensors`` as safetensors bytes."""
+    return safetensors.torch.save({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()})
+
+
+def load_state(data: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of ``data``, which may be anybody's; the caller has bounded its length.
+
+    Raises:
+        StateRejectedError: not safetensors.
+    """
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise StateRejectedError("the state's bytes are not safetensors") from error
+
+
+def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The middle's own tensors and its optimizer's, without their prefixes.
+
+    Raises:
+        StateRejectedError: a name under neither prefix.
+    """
+    state, optimizer = {}, {}
+    for name, tensor in tensors.items():
+        if name.startswith(STATE_PREFIX):
+            state[name.removeprefix(STATE_PREFIX)] = tensor
+        elif name.startswith(OPTIMIZER_PREFIX):
+            optimizer[name.removeprefix(OPTIMIZER_PREFIX)] = tensor
+        else:
+            raise StateRejectedError(f"a tensor called {name[:80]!r}, which is no state")
+    return state, optimizer
+
+
+def sha256(data: bytes) -> bytes:
+    """32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """``data`` in pieces of at most ``size`` bytes."""
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+def gather(pieces: Iterable[bytes], size: int, digest: bytes, what: str) -> bytes:
+    """The bytes of ``pieces``, which must be ``size`` long and hash to ``digest``; stops at the first byte too many.
+
+    Raises:
+        StateRejectedError: saying what came instead.
+    """
+    whole = bytearray()
+    for piece in pieces:
+        if len(whole) + len(piece) > size:
+            raise StateRejectedError(f"more than the {size} bytes of {what} that were announced")
+        whole += piece
+    if len(whole) != size:
+        raise StateRejectedError(f"{len(whole)} bytes of {what} where {size} were announced")
+    data = bytes(whole)
+    if sha256(data) != digest:
+        raise StateRejectedError(f"the bytes of {what} do not hash to what was announced")
+    return data
