@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -443,6 +444,21 @@ def test_two_processes_that_start_at_once_both_open_one_new_database(url: str) -
         answers = [process.communicate()[0] for process in started]
 
     assert answers == ["done\n", "done\n"]
+
+
+def test_a_new_file_that_another_process_holds_is_waited_for(sqlite_url: str, tmp_path: Path) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "sessions.sqlite", isolation_level=None)) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")  # not yet in WAL mode: SQLite itself would not wait for this one
+        opening = pool.submit(SessionTable, sqlite_url)
+        with pytest.raises(TimeoutError):
+            opening.result(timeout=0.3)
+
+        other.execute("COMMIT")
+
+        opening.result(timeout=10).close()
 
 
 def test_threads_that_open_one_new_database_at_once_all_succeed(url: str) -> None:
