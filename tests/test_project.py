@@ -53,7 +53,7 @@ def test_every_package_is_shipped_and_stands_in_the_layers() -> None:
 
 
 def test_make_alone_prints_its_verbs() -> None:
-    bare, asked = (_run("make", *goal) for goal in ([], ["help"]))
+    bare, asked = (_run("make", "--no-print-directory", *goal) for goal in ([], ["help"]))
 
     assert [line.split()[1] for line in bare.splitlines()] == VERBS
     assert bare == asked
