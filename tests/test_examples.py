@@ -30,10 +30,9 @@ class Case:
 
 CASES = [
     Case("resnet18", models.resnet18, models.resnet18_example, (10,), RESNET),
-    Case("small_resnet", partial(models.small_resnet, dropout=0.1), models.small_resnet_example, (10,), RESNET),
     Case(
-        "small_resnet_rgb",
-        partial(models.small_resnet, channels=3),
+        "small_resnet",
+        partial(models.small_resnet, dropout=0.1, channels=3),
         partial(models.small_resnet_example, size=16, channels=3),
         (10,),
         RESNET,
@@ -57,18 +56,22 @@ CASES = [
         "stem block1 block2 block3 block4 head",
     ),
     Case(
-        "llama_sdpa", models.llama_layers, models.llama_layers_example, (12, 64), "rotary layers layers layers layers"
-    ),
-    Case(
-        "llama_eager",
-        partial(models.llama_layers, layers=2, attention="eager", dropout=0.1),
+        "llama_sdpa",
+        partial(models.llama_layers, layers=2),
         models.llama_layers_example,
         (12, 64),
         "rotary layers layers",
     ),
+    Case(
+        "llama_eager",
+        partial(models.llama_layers, layers=1, attention="eager", dropout=0.1),
+        models.llama_layers_example,
+        (12, 64),
+        "rotary layers",
+    ),
     Case("mlp", models.mlp, models.mlp_example, (10,), "fc1 relu1 fc2 relu2 fc3"),
     Case("small_cnn", models.small_cnn, models.small_cnn_example, (10,), "stem body head"),
-    Case("digits", digits.model, partial(models.small_resnet_example, size=8), (10,), "stem body head"),
+    Case("digits", digits.model, models.small_resnet_example, (10,), "stem body head"),
 ]
 
 
