@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Final
@@ -157,8 +158,14 @@ def test_negative_sizes_are_a_defect_of_the_caller() -> None:
         Accounts(SMALL).reserve(ANN, bytes=-1, parameters=1)
 
 
-def test_threads_that_all_reserve_at_once_never_get_more_than_there_is() -> None:
-    accounts, start = Accounts(SMALL), Barrier(8)
+def test_threads_that_all_reserve_at_once_never_get_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts, start, check = Accounts(SMALL), Barrier(8), Accounts._check_now
+
+    def check_slowly(self: Accounts, owner: str, wanted: int) -> None:
+        check(self, owner, wanted)
+        time.sleep(0.002)  # long enough for another thread to check too, were there no lock
+
+    monkeypatch.setattr(Accounts, "_check_now", check_slowly)
 
     def attempt(owner: str) -> Reservation | None:
         start.wait()
@@ -167,7 +174,7 @@ def test_threads_that_all_reserve_at_once_never_get_more_than_there_is() -> None
         except BusyError:
             return None
 
-    for _ in range(20):
+    for _ in range(5):
         with ThreadPoolExecutor(8) as pool:
             held = [each for each in pool.map(attempt, itertools.islice(itertools.cycle(OWNERS), 8)) if each]
 

@@ -178,6 +178,7 @@ def test_a_host_that_is_not_here_is_named(metrics: Metrics, host: str) -> None:
 def test_T05_silent_scrapers_do_not_stop_the_others_and_are_hung_up_on(
     monkeypatch: pytest.MonkeyPatch, metrics: Metrics
 ) -> None:
+    assert metrics_module._Handler.timeout == metrics_module.SCRAPE_TIMEOUT_S  # too long for a test
     monkeypatch.setattr(metrics_module._Handler, "timeout", 0.5)
     with contextlib.closing(metrics.serve(HOST, 0)) as server, contextlib.ExitStack() as stack:
         silent = [

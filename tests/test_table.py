@@ -472,6 +472,18 @@ def test_threads_that_open_one_new_database_at_once_all_succeed(url: str) -> Non
         assert list(pool.map(attempt, range(6))) == [None] * 6
 
 
+def test_threads_that_open_databases_of_their_own_do_not_mix_them_up(tmp_path: Path) -> None:
+    start = Barrier(6)
+
+    def attempt(number: int) -> tuple[SessionRow, ...]:
+        start.wait()
+        with contextlib.closing(SessionTable(f"sqlite:///{tmp_path}/{number}.sqlite")) as table:
+            return table.open_sessions(NODE)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(attempt, range(6))) == [()] * 6
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -557,7 +569,7 @@ def test_a_failing_database_tells_the_operator_why_and_the_peer_only_what_to_do(
 
 def test_a_lock_that_is_never_given_back_becomes_a_storage_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "_WAIT_S", 1)
-    written, held = row(), Barrier(2)
+    written, held = row(), Barrier(2, timeout=20)  # should the table wait for ever, the lock is given back
     lock = "BEGIN IMMEDIATE" if url.startswith("sqlite") else "LOCK TABLE node_sessions"
     with contextlib.closing(SessionTable(url)) as table, ThreadPoolExecutor(1) as pool:
         holder = pool.submit(execute, url, lock, hold=held)
