@@ -152,6 +152,8 @@ def _part(
     copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
     for node in nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
+    if isinstance(result, tuple) and len(result) == 1:
+        (result,) = result  # one tensor is a tensor, so that parts can be called one after the other by hand
     graph.output(fx.map_arg(result, lambda n: copies[n]))
     return fx.GraphModule(traced, graph)
 

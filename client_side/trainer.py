@@ -8,27 +8,25 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
 from client_side.cutting import Cut
-from client_side.link import RECONNECT_S, Link, NodeAddress, SessionRequest, Traffic
+from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
+from client_side.opening import DEFAULT_IDENTITY, open_session
 from client_side.steps import Batch, MicroBatch, StepRunner, micro_batches, rows_of
-from protos import node_pb2
 from wire.errors import ConfigError
 from wire.identity import Identity, load_identity
-from wire.recipe import Loss, LossName, Optimizer, PartOptimizer, stream_seed
-from wire.state import STATE_PREFIX, split_state
+from wire.recipe import Loss, LossName, Optimizer, PartOptimizer
+from wire.state import split_state
 
-__all__ = ["Loader", "Trainer", "open_session"]
+__all__ = ["Loader", "Trainer"]
 
 _log = logging.getLogger(__name__)
 
 Loader: TypeAlias = Iterable[Sequence[torch.Tensor]]
-
-DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
 
 
 class Trainer:
@@ -87,6 +85,7 @@ class Trainer:
         self._link: Link | None = None
         self._runner: StepRunner | None = None
         self._max_rows = 0
+        self._past_traffic = Traffic(0, 0, 0)
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
         self._optimizers = [PartOptimizer(optimizer, part.parameters()) for part in parts]
@@ -102,8 +101,8 @@ class Trainer:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes so far."""
-        return Traffic(0, 0, 0) if self._link is None else self._link.traffic
+        """Bytes of the session at hand, or of the last one."""
+        return self._past_traffic if self._link is None else self._link.traffic
 
     def fit(self, loader: Loader, epochs: int) -> TrainState:
         """Trains for ``epochs`` passes over ``loader``, then brings the middle home.
@@ -157,6 +156,7 @@ class Trainer:
     def close(self) -> None:
         """Ends the session and the connection. A trainer that is used again opens a new session."""
         if self._link is not None:
+            self._past_traffic = self._link.traffic
             self._link.close()
             self._link = self._runner = None
 
@@ -274,32 +274,3 @@ class Trainer:
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self.state, control, *details)
-
-
-def open_session(  # noqa: PLR0913 -- a session's spec
-    link: Link,
-    cut: Cut,
-    *,
-    optimizer: Optimizer,
-    loss: Loss,
-    seed: int,
-    max_rows: int,
-    max_in_flight: int,
-    first_step: int = 0,
-) -> None:
-    """Opens a session for ``cut`` on ``link``, with the middle's tensors as they are now."""
-    link.open(
-        SessionRequest(
-            program=cut.captured.data,
-            program_digest=cut.program.digest,
-            tensors={STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
-            topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
-            loss=loss if cut.head is None else None,
-            optimizer=optimizer,
-            seed=stream_seed(seed, "middle"),
-            max_rows=max_rows,
-            max_in_flight=max_in_flight,
-            want_input_gradients=any(p.requires_grad for p in cut.front.parameters()),
-            first_step=first_step,
-        ),
-    )

@@ -1,12 +1,85 @@
-"""Cloister: train a model on rented GPUs that never see the data."""
+"""Cloister: train on rented GPUs that never see the data.
+
+Everything a user needs has its name here; the names are looked up when they are first used, so that importing this
+package costs nothing and an auditor's machine needs no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
+    from client_side.cutting import Cut, cut
+    from client_side.link import NodeAddress, Traffic
+    from client_side.remote import RemoteMiddle
+    from client_side.spawn import LocalNode
+    from client_side.trainer import Trainer
+    from client_side.unsplit import UnsplitTrainer
+    from wire.errors import CloisterError, ConfigError, CutError, IdentityError, UnreachableError, WireError
+    from wire.identity import Identity, create_identity, load_identity
+    from wire.recipe import SGD, Adam, AdamW, Loss, Schedule
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Callback",
+    "CloisterError",
+    "ConfigError",
+    "Control",
+    "Cut",
+    "CutError",
+    "EpochEnd",
+    "Evaluation",
+    "Identity",
+    "IdentityError",
+    "LocalNode",
+    "Loss",
+    "NodeAddress",
+    "RemoteMiddle",
+    "Schedule",
+    "StepEnd",
+    "TrainState",
+    "Traffic",
+    "Trainer",
+    "UnreachableError",
+    "UnsplitTrainer",
+    "WireError",
+    "__version__",
+    "create_identity",
+    "cut",
+    "load_identity",
+]
+
+_HOMES: Final = {
+    "client_side.callbacks": ("Callback", "Control", "EpochEnd", "Evaluation", "StepEnd", "TrainState"),
+    "client_side.cutting": ("Cut", "cut"),
+    "client_side.link": ("NodeAddress", "Traffic"),
+    "client_side.remote": ("RemoteMiddle",),
+    "client_side.spawn": ("LocalNode",),
+    "client_side.trainer": ("Trainer",),
+    "client_side.unsplit": ("UnsplitTrainer",),
+    "wire.errors": ("CloisterError", "ConfigError", "CutError", "IdentityError", "UnreachableError", "WireError"),
+    "wire.identity": ("Identity", "create_identity", "load_identity"),
+    "wire.recipe": ("SGD", "Adam", "AdamW", "Loss", "Schedule"),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
 try:
     __version__ = metadata.version("cloister")
-except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name is
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'cloister' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,45 @@
+"""Opening a session for a cut: what the trainer and a loop of one's own have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from client_side.cutting import Cut
+from client_side.link import Link, SessionRequest
+from protos import node_pb2
+from wire.recipe import Loss, Optimizer, stream_seed
+from wire.state import STATE_PREFIX
+
+__all__ = ["DEFAULT_IDENTITY", "open_session"]
+
+DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
+
+
+def open_session(  # noqa: PLR0913 -- a session's spec
+    link: Link,
+    cut: Cut,
+    *,
+    optimizer: Optimizer,
+    loss: Loss,
+    seed: int,
+    max_rows: int,
+    max_in_flight: int,
+    first_step: int = 0,
+) -> None:
+    """Opens a session for ``cut`` on ``link``, with the middle's tensors as they are now."""
+    link.open(
+        SessionRequest(
+            program=cut.captured.data,
+            program_digest=cut.program.digest,
+            tensors={STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
+            topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
+            loss=loss if cut.head is None else None,
+            optimizer=optimizer,
+            seed=stream_seed(seed, "middle"),
+            max_rows=max_rows,
+            max_in_flight=max_in_flight,
+            want_input_gradients=any(p.requires_grad for p in cut.front.parameters()),
+            first_step=first_step,
+        ),
+    )
