@@ -33,7 +33,7 @@ from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, S
 
 __all__ = ["RETENTION", "OwnerUsage", "SessionRow", "SessionState", "SessionTable"]
 
-RETENTION: Final = timedelta(days=30)  # longer than an owner's restored backup is old; 30,000 sessions take 12 MB
+RETENTION: Final = timedelta(days=30)  # longer than an owner's restored backup is old; 30,000 sessions take 21 MB
 
 _WAIT_S: Final = 10  # for a lock or a connection; a commit takes milliseconds, so whoever holds one longer hangs
 _ID_BYTES: Final = 16
