@@ -338,6 +338,16 @@ def test_a_wrong_certificate_file_is_refused_by_tls(running: Running, owner: Ide
     assert "another certificate than the one you gave" in refusal(running, owner, certificate=file)
 
 
+def test_T03_an_authority_cannot_be_pinned_as_a_node(tmp_path: Path, owner: Identity) -> None:
+    authority = issue(None, "a node of its own making", authority=True)
+    file = write(tmp_path / "authority.crt", authority.certificate_pem)
+
+    with serve(authority, Trust(store(tmp_path / "trust", owner))) as running:
+        for known_by in ({"pin": authority.fingerprint}, {"certificate": file}):
+            with pytest.raises(IdentityError, match="is the certificate of an authority, which cannot be pinned"):
+                ask(running, owner, **known_by)
+
+
 def test_a_certificate_slipped_in_behind_the_pinned_one_is_not_trusted(
     running: Running, owner: Identity, tmp_path: Path
 ) -> None:

@@ -128,7 +128,7 @@ def test_a_clock_that_is_wrong_is_found(
 
 
 def test_skew_that_the_round_trip_explains_is_no_skew() -> None:
-    assert doctor._clock(answered_at_node=105.0, asked_at=100.0, answered_at=106.0).status == "ok"
+    assert doctor._clock(answered_at_node=107.5, asked_at=100.0, answered_at=106.0).status == "ok"
     assert doctor._clock(answered_at_node=105.0, asked_at=100.0, answered_at=100.1).status == "warn"
 
 
