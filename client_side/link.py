@@ -63,7 +63,7 @@ class SessionRequest:
     program: bytes
     program_digest: bytes
     tensors: dict[str, torch.Tensor] = field(repr=False)
-    topology: node_pb2.Topology
+    topology: node_pb2.Topology.ValueType
     loss: Loss | None
     optimizer: Optimizer
     seed: int
@@ -183,12 +183,12 @@ class Link:
         opened = patiently(lambda: self._stub.OpenSession(parts(), timeout=OPEN_TIMEOUT_S), self._reconnect_s)
         return int(opened.next_step)
 
-    def send(  # noqa: PLR0913 -- a frame's fields
+    def send(
         self,
         *,
         step: int,
         micro_batch: int,
-        phase: node_pb2.Phase,
+        phase: node_pb2.Phase.ValueType,
         tensors: Sequence[torch.Tensor] = (),
         labels: torch.Tensor | None = None,
         loss_weight: float = 0.0,
@@ -261,7 +261,7 @@ class Link:
 
         def fetch() -> tuple[int, dict[str, torch.Tensor]]:
             request = node_pb2.SnapshotRequest(session_id=self._session, with_optimizer=with_optimizer)
-            responses = self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S)
+            responses = iter(self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S))
             header = next(responses).header
             pieces = (response.chunk for response in responses)
             data = gather(pieces, header.state_bytes, header.state_sha256, "state")

@@ -16,7 +16,7 @@ __all__ = ["DEFAULT_IDENTITY", "open_session"]
 DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
 
 
-def open_session(  # noqa: PLR0913 -- a session's spec
+def open_session(
     link: Link,
     cut: Cut,
     *,

@@ -40,7 +40,7 @@ class RemoteMiddle(nn.Module):
     :meth:`step`. In evaluation mode, or under ``torch.no_grad``, the node keeps nothing.
     """
 
-    def __init__(  # noqa: PLR0913 -- each is a decision of the user's
+    def __init__(
         self,
         cut: Cut,
         *,
@@ -94,7 +94,7 @@ class RemoteMiddle(nn.Module):
         """Bytes so far."""
         return self._link.traffic
 
-    def forward(self, *smashed: torch.Tensor) -> Any:
+    def forward(self, *smashed: torch.Tensor) -> Any:  # noqa: ANN401 - one tensor or several, as the middle's
         """The middle's outputs, one tensor or a tuple, as the middle itself would return.
 
         Raises:
@@ -146,7 +146,7 @@ class _Remote(torch.autograd.Function):
     """One micro-batch, as autograd sees it."""
 
     @staticmethod
-    def forward(ctx: Any, middle: RemoteMiddle, *smashed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, middle: RemoteMiddle, *smashed: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ANN401 - torch's
         """Sends the smashed data, returns the outputs."""
         ctx.middle = middle
         ctx.number, outputs = middle._send_forward(smashed)  # noqa: SLF001 -- one thing in two classes
@@ -156,7 +156,7 @@ class _Remote(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
         """Sends the output gradients, returns the input gradients."""
         up = [
             torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from wire.errors import ConfigError
-from wire.identity import Identity, create_identity, load_identity
+from wire.identity import Identity, Role, create_identity, load_identity
 
 __all__ = ["LocalNode"]
 
@@ -48,7 +48,16 @@ class LocalNode:
         trust.mkdir(exist_ok=True)
         (trust / "owner.crt").write_bytes(self.owner.certificate_pem)
         command = [sys.executable, "-m", "cloister", "node", "--identity", str(folder / "node"), "--trust", str(trust)]
-        command += ["--listen", listen, "--state-dir", str(folder / "state"), "--format", "json", "--drain-seconds", "0"]
+        command += [
+            "--listen",
+            listen,
+            "--state-dir",
+            str(folder / "state"),
+            "--format",
+            "json",
+            "--drain-seconds",
+            "0",
+        ]
         environment = dict(os.environ)
         if threads is not None:
             command += ["--threads", str(threads)]
@@ -106,7 +115,7 @@ class LocalNode:
         raise ConfigError(f"the node did not start: {' '.join(said[-3:]) or 'it said nothing'} (see {self.log})")
 
 
-def _identity(folder: Path, role: Any) -> Identity:
+def _identity(folder: Path, role: Role) -> Identity:
     if folder.exists():
         return load_identity(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """One training step of the owner, micro-batch by micro-batch, with several in flight.
 
 The order of every sum is fixed: fronts run forward, heads run, and fronts run backward, each in the order of the
-micro-batches, whatever the timing. So the numbers do not depend on how many are in flight, only on how the batch is cut
-into micro-batches.
+micro-batches, whatever the timing. So the numbers do not depend on how many are in flight, only on how the batch is
+cut into micro-batches.
 
-Shapes: a batch ``x`` is a tuple of tensors ``[B, ...]``; ``B`` rows become ``m`` micro-batches of ``B // m`` or one more.
-"""
+micro-batches, whatever the timing: numbers depend on how a batch is cut into micro-batches, not on how many are in
+flight.
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def micro_batches(inputs: Batch, labels: torch.Tensor, count: int) -> list[Micro
 class StepRunner:
     """Runs steps of one cut over one link."""
 
-    def __init__(  # noqa: PLR0913 -- a step's parts
+    def __init__(
         self,
         cut: Cut,
         link: Link,
@@ -163,7 +163,8 @@ class StepRunner:
                     raise MessageRejectedError(f"an input gradient {tuple(gradient.shape)} for {tuple(tensor.shape)}")
                 # Copied: kernels may choose by alignment, and the message's bytes have none to speak of.
                 pairs.append((tensor, gradient.to(self._device, copy=True)))
-        pairs += [(k, leaf.grad) for k, leaf in zip(flying.kept, flying.kept_leaves, strict=True) if leaf.grad is not None]
+        stayed = zip(flying.kept, flying.kept_leaves, strict=True)
+        pairs += [(tensor, leaf.grad) for tensor, leaf in stayed if leaf.grad is not None]
         pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])

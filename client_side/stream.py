@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 
@@ -22,6 +22,8 @@ from wire.channels import wait_ready
 from wire.errors import CloisterError, SessionSupersededError, StorageError, UnreachableError, error_from_rpc
 
 __all__ = ["Stream", "patiently"]
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Stream:
         """Requests without an answer."""
         return len(self._unanswered)
 
-    def send(self, request: Any) -> None:
+    def send(self, request: Any) -> None:  # noqa: ANN401 - a message of whatever service
         """Sends ``request`` when the peer takes it; never waits."""
         if self._call is None:
             self._attach()
@@ -174,7 +176,7 @@ class Stream:
                 call.cancel()
 
 
-def patiently(call: Callable[[], Any], reconnect_s: float) -> Any:
+def patiently(call: Callable[[], _T], reconnect_s: float) -> _T:
     """``call()`` until it succeeds or fails for good; only for what is safe to repeat.
 
     Raises:

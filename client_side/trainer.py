@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -14,9 +14,10 @@ import torch
 
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
 from client_side.cutting import Cut
+from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session
-from client_side.steps import Batch, MicroBatch, StepRunner, micro_batches, rows_of
+from client_side.steps import Batch, MicroBatch, StepRunner, micro_batches
 from wire.errors import ConfigError
 from wire.identity import Identity, load_identity
 from wire.recipe import Loss, LossName, Optimizer, PartOptimizer
@@ -42,7 +43,7 @@ class Trainer:
             print(t.evaluate(test_loader).accuracy)
     """
 
-    def __init__(  # noqa: PLR0913 -- each is a decision of the user's
+    def __init__(
         self,
         cut: Cut,
         *,
@@ -113,7 +114,7 @@ class Trainer:
         """
         control = Control()
         self.state.epochs = self.state.epoch + epochs
-        self.state.steps_per_epoch = len(loader) if hasattr(loader, "__len__") else None
+        self.state.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
         self._tell("on_train_begin", control)
         for _ in range(epochs):
             if control.should_training_stop:
@@ -128,13 +129,15 @@ class Trainer:
         total, right, rows = 0.0, 0, 0
         labelled = ((tuple(inputs), labels) for *inputs, labels in loader)
         ahead, behind = itertools.tee(labelled)
-        with torch.no_grad():
+        with evaluation_mode(self.cut):
             for output, (_, labels) in zip(self._outputs(x for x, _ in ahead), behind, strict=True):
                 target = labels.to(output.device)
-                total += self._loss(output, target).item() * len(labels)
+                # Segmentation has a label for every position, each of which counts.
+                count = target.numel() if self._loss.takes_classes else len(target)
+                total += self._loss(output, target).item() * count
+                rows += count
                 if self._loss.takes_classes:
                     right += int((output.argmax(1) == target).sum())
-                rows += target.numel() if self._loss.takes_classes and target.ndim > 1 else len(labels)
         if not rows:
             raise ConfigError("evaluate: the loader is empty")
         result = Evaluation(total / rows, right / rows if self._loss.takes_classes else None, rows)
@@ -143,8 +146,8 @@ class Trainer:
 
     def predict(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The whole model's output for one batch, in evaluation mode through the node."""
-        with torch.no_grad():
-            return next(iter(self._outputs([inputs])))
+        with evaluation_mode(self.cut):
+            return next(self._outputs([inputs]))
 
     def fetch(self) -> None:
         """Brings the middle's tensors home, into the model that was cut."""
@@ -228,48 +231,15 @@ class Trainer:
                 part.train()
 
     def _outputs(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
-        """The whole model's outputs in evaluation mode, batch by batch."""
-        parts = [part for part in (self.cut.front, self.cut.head) if part is not None]
-        kept: list[tuple[Batch, int]] = []
-
-        def smashed() -> Iterator[Batch]:
-            for inputs in batches:
-                rows = len(inputs[0])
-                # A batch larger than the session's micro-batches goes in slices.
-                count = -(-rows // (self._max_rows or rows))
-                slices = list(zip(*(torch.split(x, rows_of(rows, count)) for x in inputs), strict=True))
-                for number, part in enumerate(slices):
-                    made = self.cut.front(*(x.to(self._device) for x in part))
-                    up, stay = self.cut.split_outputs(made)
-                    kept.append((stay, len(slices) - number - 1))
-                    yield up
-
-        def outputs(link: Link) -> Iterator[torch.Tensor]:
-            gathered: list[torch.Tensor] = []
-            for answer in link.infer(smashed()):
-                stay, left = kept.pop(0)
-                made = [t.to(self._device, copy=True) for t in answer]
-                gathered.append(made[0] if self.cut.head is None else self.cut.head(*made, *stay))
-                if left == 0:
-                    yield torch.cat(gathered) if len(gathered) > 1 else gathered[0]
-                    gathered = []
-
-        modes = [(module, module.training) for part in parts for module in part.modules()]
-        for part in parts:
-            part.eval()
-        try:
-            link = self._link
-            if link is None:
-                peeked = iter(batches)
-                first = next(peeked, None)
-                if first is None:
-                    return
-                batches = itertools.chain([first], peeked)
-                link = self._open(len(first[0]))
-            yield from outputs(link)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        link = self._link
+        if link is None:  # nothing was trained yet: the first batch says how large a session to open
+            rest = iter(batches)
+            first = next(rest, None)
+            if first is None:
+                return
+            batches = itertools.chain([first], rest)
+            link = self._open(len(first[0]))
+        yield from infer(self.cut, link, batches, max_rows=self._max_rows, device=self._device)
 
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:

@@ -1,7 +1,7 @@
 """The same training loop without a split: what split training must equal, to the bit.
 
-Front, middle and head run in one process as one autograd graph, with the same micro-batches, the same random streams and
-the same optimizer over all parameters. The demo, the tests and the benchmarks compare against it.
+Front, middle and head run in one process as one autograd graph, with the same micro-batches, the same random streams
+and the same optimizer over all parameters. The demo, the tests and the benchmarks compare against it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Logs of the process at work, on stderr: lines for people or JSON for programs. Libraries below only log; this shows."""
+"""Logs of the process at work, on stderr: lines for people or JSON for programs. The layers below only log."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class _Ready:
 
 
 @app.command()
-def node(  # noqa: PLR0913 -- the command line of a server
+def node(
     *,
     identity: Annotated[Path, typer.Option(help="The node's identity folder, from `cloister keys init --role node`.")],
     trust: Annotated[
@@ -53,10 +53,14 @@ def node(  # noqa: PLR0913 -- the command line of a server
     state_dir: Annotated[Path, typer.Option(help="The node's own folder: its session table.")] = Path("cloister-node"),
     database: Annotated[
         str | None,
-        typer.Option(help="SQLAlchemy URL of the session table, if not SQLite in the state folder.", envvar="CLOISTER_DATABASE"),
+        typer.Option(
+            help="SQLAlchemy URL of the session table, if not SQLite in the state folder.", envvar="CLOISTER_DATABASE"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N: one node process for each GPU.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU; all cores, unless said.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of torch on the CPU; all cores, unless said.")
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(help="host:port for Prometheus (/metrics, /healthz), plain HTTP: bind it to a private address."),
@@ -70,7 +74,9 @@ def node(  # noqa: PLR0913 -- the command line of a server
         list[str] | None,
         typer.Option(help="NAME=NUMBER, again and again: what one owner may use. `--limit help=1` lists the names."),
     ] = None,
-    log_format: Annotated[LogFormat, typer.Option(help="Logs on stderr for people, or one JSON object a line.")] = LogFormat.TEXT,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Logs on stderr for people, or one JSON object a line.")
+    ] = LogFormat.TEXT,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Serve middles to trusted owners: run this on the GPU machine.
@@ -114,7 +120,9 @@ def node(  # noqa: PLR0913 -- the command line of a server
     )
     host = listen.rpartition(":")[0]
     shown = "localhost" if host in ("0.0.0.0", "[::]", "") else host  # noqa: S104 -- compared, not bound
-    serving = "" if running.metrics_server is None else f"{(metrics or '').rpartition(':')[0]}:{running.metrics_server.port}"
+    serving = (
+        "" if running.metrics_server is None else f"{(metrics or '').rpartition(':')[0]}:{running.metrics_server.port}"
+    )
     print_record(
         _Ready(
             address=f"{shown}:{running.port}#sha256:{own.fingerprint}",
