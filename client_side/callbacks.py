@@ -37,13 +37,17 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class StepEnd:
-    """One finished step: its number (from 1), mean loss, rows, seconds, and all traffic so far."""
+    """One finished step: its number (from 1), mean loss, rows, seconds, all traffic so far, and the node's seconds.
+
+    ``node_s`` is how long the node computed for this step, as the node says.
+    """
 
     step: int
     loss: float
     rows: int
     seconds: float
     traffic: Traffic
+    node_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

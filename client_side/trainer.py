@@ -172,14 +172,23 @@ class Trainer:
             began = time.perf_counter()
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
-            loss = self._opened(batch[0]).run(state.global_step, batch)
+            runner = self._opened(batch[0])
+            node_s = runner.node_s
+            loss = runner.run(state.global_step, batch)
             count = len(labels)
             total, rows = total + loss * count, rows + count
             state.global_step += 1
             self._tell(
                 "on_step_end",
                 control,
-                StepEnd(state.global_step, loss, count, time.perf_counter() - began, self.traffic),
+                StepEnd(
+                    state.global_step,
+                    loss,
+                    count,
+                    time.perf_counter() - began,
+                    self.traffic,
+                    runner.node_s - node_s,
+                ),
             )
             if control.should_training_stop:
                 break

@@ -1,0 +1,237 @@
+"""How a training run shows itself on stderr: live in a terminal, one line an epoch elsewhere.
+
+In a terminal, one row an epoch stays, and under it the epoch at hand moves::
+
+    epoch       step      loss  samples/s         up       down   node  reconnects
+      1/3         23    0.8124      2,310     6.0 MB     6.0 MB   41 %           0
+      2/3         31    0.3017      2,845     8.1 MB     8.1 MB   43 %           0
+    ━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━  31 of 69 steps, 0:00:02 left
+
+What stands in a row is a list of :class:`Column`; whoever has more to say of a run appends theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
+from cloister.output import progress_console
+
+__all__ = ["COLUMNS", "Column", "Moment", "ProgressDisplay"]
+
+_REFRESH_HZ: Final = 8  # smooth to the eye; drawing then takes under 1 % of a core
+_GAP: Final = "  "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Where a run stands, as a row of the display shows it.
+
+    Attributes:
+        epoch: the epoch at hand, from 1.
+        epochs: epochs asked for.
+        step: steps finished in the whole run.
+        loss: mean over the epoch's rows so far; NaN before the first step.
+        rows: the epoch's rows so far.
+        seconds: since the epoch began.
+        node_s: of these, how long the node computed.
+        up: tensor bytes sent in the whole run.
+        down: tensor bytes received in the whole run.
+        reconnects: how often the link came back.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    loss: float = float("nan")
+    rows: int = 0
+    seconds: float = 0.0
+    node_s: float = 0.0
+    up: int = 0
+    down: int = 0
+    reconnects: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One thing that every row shows: its name, the width of its cells, and what stands in one."""
+
+    name: str
+    width: int
+    cell: Callable[[Moment], str]
+
+
+#: What a row shows, the most important first: where the terminal is narrow, the last ones are left out.
+COLUMNS: Final = (
+    Column("epoch", 7, lambda m: f"{m.epoch}/{m.epochs}"),
+    Column("step", 8, lambda m: f"{m.step:,}"),
+    Column("loss", 8, lambda m: f"{m.loss:.4f}" if m.rows else "-"),
+    Column("samples/s", 9, lambda m: f"{m.rows / m.seconds:,.0f}" if m.rows else "-"),
+    Column("up", 9, lambda m: decimal(m.up)),
+    Column("down", 9, lambda m: decimal(m.down)),
+    Column("node", 5, lambda m: f"{m.node_s / m.seconds:.0%}".replace("%", " %") if m.rows else "-"),
+    Column("reconnects", 10, lambda m: str(m.reconnects)),
+)
+
+
+class ProgressDisplay(Callback):
+    """Shows a run while it trains; give it to ``Trainer(callbacks=[…])``.
+
+    Use it as a context manager, so that an interrupted run leaves a terminal that works::
+
+        with ProgressDisplay() as display, Trainer(cut, …, callbacks=[display]) as trainer:
+            trainer.fit(loader, epochs=3)
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        columns: Sequence[Column] = COLUMNS,
+        live: bool | None = None,
+    ) -> None:
+        """Shows nothing yet.
+
+        Args:
+            console: where to; stderr, unless said otherwise.
+            columns: what a row shows.
+            live: whether the display moves; in a terminal it does, unless said otherwise.
+        """
+        self._console = console or progress_console()
+        # Asked of the stream too: a colour forced upon a log file makes rich take it for a terminal.
+        self._is_live = self._console.is_interactive and sys.stderr.isatty() if live is None else live
+        self._columns = columns
+        self._live: Live | None = None
+        self._moment = Moment(epoch=0, epochs=0, step=0)
+        self._first_step = 0
+        self._total: int | None = None
+        self._began_run = self._began_epoch = 0.0
+
+    def __enter__(self) -> Self:
+        """The display itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stops the display."""
+        self.close()
+
+    def close(self) -> None:
+        """Stops what moves, and gives the terminal its cursor back; harmless when nothing moves."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def on_train_begin(self, state: TrainState, control: Control) -> None:
+        """Starts to move."""
+        del control
+        self._began_run, self._first_step = time.perf_counter(), state.global_step
+        left = state.epochs - state.epoch
+        self._total = None if state.steps_per_epoch is None else state.global_step + left * state.steps_per_epoch
+        self._moment = dataclasses.replace(
+            self._moment, epoch=state.epoch + 1, epochs=state.epochs, step=state.global_step, rows=0
+        )
+        if not self._is_live:
+            return
+        self.close()
+        self._console.print(Text(self._line([c.name for c in self._fitting()]), style="bold"))
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=_REFRESH_HZ,
+            transient=True,
+        )
+        self._live.start()
+
+    def on_epoch_begin(self, state: TrainState, control: Control) -> None:
+        """A new row."""
+        del control
+        self._began_epoch = time.perf_counter()
+        self._moment = dataclasses.replace(
+            self._moment, epoch=state.epoch + 1, epochs=state.epochs, loss=float("nan"), rows=0, seconds=0.0, node_s=0.0
+        )
+
+    def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
+        """The row moves."""
+        del state, control
+        before, rows = self._moment, self._moment.rows + end.rows
+        known = before.loss * before.rows if before.rows else 0.0
+        self._moment = dataclasses.replace(
+            before,
+            step=end.step,
+            loss=(known + end.loss * end.rows) / rows if rows else before.loss,
+            rows=rows,
+            seconds=time.perf_counter() - self._began_epoch,
+            node_s=before.node_s + end.node_s,
+            up=end.traffic.up,
+            down=end.traffic.down,
+            reconnects=end.traffic.reconnects,
+        )
+
+    def on_epoch_end(self, state: TrainState, control: Control, end: EpochEnd) -> None:
+        """The row stays."""
+        del state, control
+        done = dataclasses.replace(self._moment, epoch=end.epoch, loss=end.loss, rows=end.rows, seconds=end.seconds)
+        self._say(self._row(done) if self._is_live else self._plain(done))
+
+    def on_evaluate(self, state: TrainState, control: Control, result: Evaluation) -> None:
+        """One line."""
+        del state, control
+        accuracy = "" if result.accuracy is None else f"  accuracy {result.accuracy:.2%}".replace("%", " %")
+        self._say(f"evaluated on {result.rows:,} labels  loss {result.loss:.4f}{accuracy}")
+
+    def on_train_end(self, state: TrainState, control: Control) -> None:
+        """Stops to move."""
+        del state, control
+        self.close()
+
+    def _render(self) -> RenderableType:
+        moment = self._moment
+        if self._total is None:
+            return Text(self._row(moment), style="cyan")
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right", no_wrap=True)
+        bar.add_row(ProgressBar(total=max(self._total, 1), completed=moment.step), self._remaining(moment, self._total))
+        return Group(Text(self._row(moment), style="cyan"), bar)
+
+    def _remaining(self, moment: Moment, total: int) -> str:
+        shown = f"{moment.step:,} of {total:,} steps"
+        done = moment.step - self._first_step
+        if not done:
+            return f"{shown}, opening the session"
+        left = (total - moment.step) * (time.perf_counter() - self._began_run) / done
+        return f"{shown}, {timedelta(seconds=round(left))} left"
+
+    def _fitting(self) -> list[Column]:
+        """The columns that fit into the terminal; at least one."""
+        columns = list(self._columns)
+        while len(columns) > 1 and sum(c.width + len(_GAP) for c in columns) - len(_GAP) > self._console.width:
+            columns.pop()
+        return columns
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return _GAP.join(cell.rjust(column.width) for cell, column in zip(cells, self._fitting(), strict=True))
+
+    def _row(self, moment: Moment) -> str:
+        return self._line([column.cell(moment) for column in self._fitting()])
+
+    def _plain(self, moment: Moment) -> str:
+        return _GAP.join(f"{column.name} {column.cell(moment)}" for column in self._columns)
+
+    def _say(self, line: str) -> None:
+        # Never wrapped: a line is a line, for whoever reads a log.
+        self._console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)
