@@ -7,9 +7,9 @@ down, front backward and update; SGD with momentum, float32, one batch in flight
 nothing, it does: the head updates while the node computes.
 
 What was tried for speed, server-client, in one run with interleaved blocks, one thread a process, on two cores that
-were busy with other work too (median samples/s). The differences are within that noise, so the plain sync stream, which
-also needs the fewest calls in the U-shape, is kept; larger HTTP/2 frames, read chunks and write buffers changed nothing
-either.
+were busy with other work too (median samples/s). The differences are within that noise (a second run of the first line
+gave 1,588 and 1,717 for the CNN), so the plain sync stream is kept; larger HTTP/2 frames, read chunks and write buffers
+changed nothing either.
 
     ==================  ===========  ===========  ===========  ===========
     variant             MLP vanilla  MLP U-shape  CNN vanilla  CNN U-shape
