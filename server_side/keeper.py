@@ -1,7 +1,7 @@
 """Who has which session: opening, attaching, expiring and closing, with the table, the accounts and the metrics kept true.
 
-A session belongs to the certificate that opened it; for everybody else it does not exist (T03). One training stream at a
-time works on it: a newer one of the same owner takes over, since the older one's connection is likely dead.
+A session belongs to the certificate that opened it; for everybody else it does not exist (T03). One stream of each kind
+at a time works on it: a newer one of the same owner takes over, since the older one's connection is likely dead.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
+from server_side.callers import Callers
+from server_side.memory import give_back
 from server_side.metrics import Metrics
 from server_side.opening import Opening
 from server_side.session import Session
 from server_side.table import SessionRow, SessionState, SessionTable
 from wire.errors import SessionLostError, SessionNotFoundError, SessionReusedError, StorageError
 
-__all__ = ["Keeper", "Stay"]
+__all__ = ["Keeper", "Stay", "StreamKind"]
 
 _log = logging.getLogger(__name__)
 
 RETENTION: Final = dt.timedelta(days=400)  # ended sessions are kept so long: longer than a certificate's usual year
-JANITOR_S: Final = 5.0  # how late an idle session may end
+JANITOR_S: Final = 5.0  # how late an idle session or a silent call may end
+
+StreamKind: TypeAlias = Literal["train", "infer", "snapshot"]
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +45,8 @@ class Stay:
     owner: str
     spec_sha256: bytes
     reservation: Reservation
-    #: Ends the stream that works on the session now.
-    hang_up: Callable[[], object] | None = field(default=None)
+    #: Ends the streams that work on the session now, at most one of each kind.
+    streams: dict[StreamKind, Callable[[], object]] = field(default_factory=dict)
 
 
 class Keeper:
@@ -62,13 +66,15 @@ class Keeper:
         self.fingerprint, self.limits, self.metrics, self.device = fingerprint, limits, metrics, device
         self.accounts = Accounts(limits)
         self._table, self._idle_s = table, idle_s
+        self.callers = Callers()
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
         self._stays: dict[bytes, Stay] = {}
         lost = table.mark_lost(fingerprint)
         if lost:
             metrics.sessions_found_lost(lost)
             _log.warning("%d sessions of an earlier process are lost", lost)
-        self._stop = threading.Event()
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._janitor = threading.Thread(target=self._keep_house, name="cloister-janitor", daemon=True)
         self._janitor.start()
 
@@ -95,6 +101,8 @@ class Keeper:
     def open(self, owner: str, spec: node_pb2.SessionSpec, opening: Opening) -> Stay:
         """Makes the session live; from here on its reservation is released by its end.
 
+        Where the very same opening came twice side by side, both get the session of the first.
+
         Raises:
             StateRejectedError, ProgramRejectedError, LimitExceededError: see :class:`Session`.
             SessionReusedError, StorageError: see :class:`SessionTable`.
@@ -103,25 +111,30 @@ class Keeper:
             session = Session(opening.plan, opening.program, opening.tensors, self.device)
             now = dt.datetime.now(dt.UTC)
             stay = Stay(session, owner, _spec_digest(spec), opening.reservation)
-            self._table.open(
-                SessionRow(
-                    session_id=spec.session_id,
-                    node=self.fingerprint,
-                    owner=owner,
-                    spec_sha256=stay.spec_sha256,
-                    program_sha256=opening.program.digest,
-                    next_step=spec.first_step,
-                    reserved_bytes=opening.reservation.reserved_bytes,
-                    parameters=opening.reservation.parameters,
-                    opened_at=now,
-                    last_used_at=now,
-                ),
+            row = SessionRow(
+                session_id=spec.session_id,
+                node=self.fingerprint,
+                owner=owner,
+                spec_sha256=stay.spec_sha256,
+                program_sha256=opening.program.digest,
+                next_step=spec.first_step,
+                reserved_bytes=opening.reservation.reserved_bytes,
+                parameters=opening.reservation.parameters,
+                opened_at=now,
+                last_used_at=now,
             )
+            with self._opening:
+                twin = self.existing(owner, spec)
+                if twin is None:
+                    self._table.open(row)
+                    with self._lock:
+                        self._stays[spec.session_id] = stay
         except BaseException:
             opening.reservation.release()
             raise
-        with self._lock:
-            self._stays[spec.session_id] = stay
+        if twin is not None:
+            opening.reservation.release()
+            return twin
         self.metrics.session_opened()
         _log.info("session %s opened", spec.session_id.hex())
         return stay
@@ -144,18 +157,25 @@ class Keeper:
             raise SessionLostError(f"the session was idle for {self._idle_s:g} s and expired; open a new session")
         raise SessionNotFoundError("no such session")
 
-    def attach(self, stay: Stay, hang_up: Callable[[], object]) -> None:
-        """Makes a stream the one that works on ``stay``; the one before is ended."""
+    def attach(self, stay: Stay, kind: StreamKind, hang_up: Callable[[], object]) -> None:
+        """Makes a stream the one of its kind that works on ``stay``; the one before is ended.
+
+        Raises:
+            SessionNotFoundError: the session has ended meanwhile.
+        """
         with self._lock:
-            before, stay.hang_up = stay.hang_up, hang_up
+            if self._stays.get(stay.session.session_id) is not stay:
+                raise SessionNotFoundError("no such session")
+            before = stay.streams.get(kind)
+            stay.streams[kind] = hang_up
         if before is not None:
             before()
 
-    def detach(self, stay: Stay, hang_up: Callable[[], object]) -> None:
+    def detach(self, stay: Stay, kind: StreamKind, hang_up: Callable[[], object]) -> None:
         """Forgets a stream that ended by itself."""
         with self._lock:
-            if stay.hang_up is hang_up:
-                stay.hang_up = None
+            if stay.streams.get(kind) is hang_up:
+                del stay.streams[kind]
 
     def close(self, owner: str, session_id: bytes) -> bool:
         """Ends the owner's session; false where it was not live."""
@@ -177,27 +197,33 @@ class Keeper:
     def _end(self, session_id: bytes, how: SessionState) -> bool:
         with self._lock:
             stay = self._stays.pop(session_id, None)
+            streams = [] if stay is None else list(stay.streams.values())
         if stay is None:
             return False
-        if stay.hang_up is not None:
-            stay.hang_up()
+        for hang_up in streams:
+            hang_up()
         stay.reservation.release()
         self.metrics.session_ended(how)
         try:
             self._table.touch(session_id, stay.session.next_step, dt.datetime.now(dt.UTC))
             self._table.end(session_id, how)
-        except StorageError:
-            # The memory is free either way; at the next start the row is found open and marked lost.
+        except (StorageError, SessionNotFoundError):
+            # The memory is free either way; a row that is found open at the next start is marked lost.
             _log.exception("session %s ended as %s, which could not be written", session_id.hex(), how.value)
         _log.info("session %s %s", session_id.hex(), how.value)
+        self._ended.set()
         return True
 
     def _keep_house(self) -> None:
         pruned = float("-inf")
-        while not self._stop.wait(JANITOR_S):
+        while not self._stop.wait(min(JANITOR_S, self._idle_s / 4)):
             now = time.monotonic()
+            self.callers.hang_up_overdue()
+            if self._ended.is_set():
+                self._ended.clear()
+                give_back()
             with self._lock:
-                idle = [i for i, s in self._stays.items() if now - s.session.last_used > self._idle_s]
+                idle = [i for i, s in self._stays.items() if s.session.idle_for(now) > self._idle_s]
             for session_id in idle:
                 self._end(session_id, SessionState.EXPIRED)
             if now - pruned > dt.timedelta(days=1).total_seconds():

@@ -11,10 +11,12 @@ from typing import Final
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2
 
-from protos import node_pb2, node_pb2_grpc
+from protos import node_pb2
 from server_side.accounts import Limits
+from server_side.callers import CALLS_PER_OWNER
+from server_side.handlers import health_handler, node_handler
 from server_side.keeper import Keeper
 from server_side.metrics import Metrics, MetricsServer
 from server_side.service import NodeService
@@ -29,7 +31,8 @@ __all__ = ["NodeConfig", "RunningNode", "pick_device", "start_node"]
 _log = logging.getLogger(__name__)
 
 SERVICE: Final = node_pb2.DESCRIPTOR.services_by_name["Node"].full_name
-_SPARE_THREADS: Final = 16  # for the short calls, while every session has a stream
+_STREAMS_PER_SESSION: Final = 3  # training, evaluation, a snapshot; threads are made when they are needed
+_SPARE_THREADS: Final = 4 * CALLS_PER_OWNER  # for the other calls of four owners who take all that they may
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +104,15 @@ class RunningNode:
         self._service = NodeService(self._keeper, config.trust, config.version)
         self._health = health.HealthServicer()
         self._server = grpc.server(
-            ThreadPoolExecutor(config.limits.sessions + _SPARE_THREADS, thread_name_prefix="cloister-stream"),
+            ThreadPoolExecutor(
+                _STREAMS_PER_SESSION * config.limits.sessions + _SPARE_THREADS,
+                thread_name_prefix="cloister-stream",
+            ),
             options=server_options(max_message_bytes=config.limits.message_bytes),
         )
-        node_pb2_grpc.add_NodeServicer_to_server(self._service, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers(
+            (node_handler(self._service), health_handler(self._health, self._keeper.callers)),
+        )
         credentials = server_credentials(config.identity, config.trust)
         try:
             self.port: int = self._server.add_secure_port(config.listen, credentials)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -11,9 +11,8 @@ import torch
 
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
-from server_side.session import SessionPlan
+from server_side.session import ANSWERS_BYTES, SessionPlan, run_bytes
 from wire.errors import LimitExceededError, MessageRejectedError, ProgramRejectedError, SpecRejectedError
-from wire.interpreter import activation_bytes
 from wire.program import Program, ProgramLimits, decode_program, program_digest
 from wire.recipe import AdamW, Adam, Optimizer, loss_from_proto, optimizer_from_proto
 from wire.state import gather, load_state
@@ -142,10 +141,13 @@ def read_state(
         raise SpecRejectedError(f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}")
     held = copies * program.state_bytes
     made = max(
-        activation_bytes(program, graph, plan.max_rows, plan.activation_bytes_per_micro_batch)
+        run_bytes(program, graph, plan.max_rows, plan.activation_bytes_per_micro_batch)
         for graph in (program.train, program.eval)
     )
-    reservation = accounts.reserve(owner, held + made * plan.max_in_flight, program.parameter_count)
+    came = plan.max_rows * sum(math.prod(i.shape) * i.dtype.itemsize for i in program.inputs)
+    # In flight, a micro-batch holds its inputs, their gradients and its activations.
+    held += (made + 2 * came) * plan.max_in_flight + ANSWERS_BYTES
+    reservation = accounts.reserve(owner, held, program.parameter_count)
     try:
         pieces = _chunks(parts, spec.state_bytes)
         data = gather(pieces, spec.state_bytes, spec.state_sha256, "state")

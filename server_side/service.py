@@ -4,6 +4,9 @@ A stream is served by the thread that gRPC gave it, which is the session's worke
 hand-over between threads. Back-pressure is HTTP/2's: the next frame is read when the last one is answered. Where
 several micro-batches are in flight, a reader takes frames ahead into a queue of exactly that length, so that they arrive
 while the session computes.
+
+Every method takes its requests as a stream, also where the peer sends just one: gRPC would wait for that one in a thread
+of the pool before anybody asks who is calling. On the wire the two are the same.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import Any, Final, TypeVar
 
 import grpc
 import torch
+from google.protobuf.message import Message
 
-from protos import node_pb2, node_pb2_grpc
-from server_side.keeper import Keeper, Stay
+from protos import node_pb2
+from server_side.callers import Call
+from server_side.keeper import Keeper, Stay, StreamKind
 from server_side.opening import plan_of, read_program, read_spec, read_state
 from wire.codec import payload_bytes
 from wire.errors import (
@@ -39,23 +44,32 @@ __all__ = ["NodeService"]
 
 _log = logging.getLogger(__name__)
 
+OPENING_S: Final = 600.0  # a state of several GB over a slow line; owners give up after as long
+SNAPSHOT_S: Final = 600.0  # the same way back
+
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
 _END: Final = object()
+# A snapshot is held three times while it is made: one session's at a time.
+_DUMPING: Final = threading.Lock()
 
 
-class NodeService(node_pb2_grpc.NodeServicer):
-    """``cloister.v1.Node``."""
+class NodeService:
+    """``cloister.v1.Node``; each method's requests come as an iterator."""
 
     def __init__(self, keeper: Keeper, trust: Trust, version: str) -> None:
         """Serves the sessions of ``keeper`` to whom ``trust`` lets in."""
         self._keeper, self._trust, self._version = keeper, trust, version
         self.draining = False
 
-    def Describe(self, request: node_pb2.DescribeRequest, context: grpc.ServicerContext) -> node_pb2.DescribeResponse:
+    def Describe(
+        self,
+        requests: Iterator[node_pb2.DescribeRequest],
+        context: grpc.ServicerContext,
+    ) -> node_pb2.DescribeResponse:
         """What this node is, offers and limits."""
-        del request
-        with self._telling(context):
-            self._trust.authorize(context)
+        with self._calling(context) as call:
+            _only(call, requests, node_pb2.DescribeRequest)
             return node_pb2.DescribeResponse(
                 version=self._version,
                 torch_version=torch.__version__,
@@ -72,40 +86,42 @@ class NodeService(node_pb2_grpc.NodeServicer):
 
     def OpenSession(
         self,
-        request_iterator: Iterator[node_pb2.OpenSessionRequest],
+        requests: Iterator[node_pb2.OpenSessionRequest],
         context: grpc.ServicerContext,
     ) -> node_pb2.OpenSessionResponse:
         """Opens a session, or says that the very same opening did."""
-        with self._telling(context):
-            owner = self._trust.authorize(context)
-            spec = read_spec(request_iterator, self._keeper.fingerprint)
-            stay = self._keeper.existing(owner, spec)
+        with self._calling(context) as call:
+            parts = call.listen(requests, total_s=OPENING_S)
+            spec = read_spec(parts, self._keeper.fingerprint)
+            stay = self._keeper.existing(call.owner, spec)
             if stay is not None:
                 return _opened(stay, already=True)
             if self.draining:
                 raise DrainingError("this node is shutting down and takes no new sessions; use another")
             plan = plan_of(spec, self._keeper.limits)
-            program = read_program(request_iterator, spec, self._keeper.limits)
-            opening = read_state(request_iterator, spec, plan, program, owner, self._keeper.accounts)
-            return _opened(self._keeper.open(owner, spec, opening), already=False)
+            program = read_program(parts, spec, self._keeper.limits)
+            opening = read_state(parts, spec, plan, program, call.owner, self._keeper.accounts)
+            stay = self._keeper.open(call.owner, spec, opening)
+            return _opened(stay, already=stay.reservation is not opening.reservation)
         raise AssertionError  # telling() aborts
 
     def Train(
         self,
-        request_iterator: Iterator[node_pb2.TrainRequest],
+        requests: Iterator[node_pb2.TrainRequest],
         context: grpc.ServicerContext,
     ) -> Iterator[node_pb2.TrainResponse]:
         """Answers frames, in order."""
-        metrics = self._keeper.metrics
-        with self._telling(context), self._attached(request_iterator, context) as (stay, ended):
+        metrics, most = self._keeper.metrics, self._keeper.limits.message_bytes
+        with self._calling(context) as call, self._attached(call, requests, "train", context) as (stay, ended):
             depth = stay.session.max_in_flight
-            for request in self._ahead(request_iterator, depth) if depth > 1 else request_iterator:
+            for request in self._ahead(requests, depth) if depth > 1 else requests:
                 if request.WhichOneof("part") != "frame":
                     raise MessageRejectedError("a training stream carries frames after its attachment")
-                metrics.received(payload_bytes(request.frame.tensors))
                 answer = stay.session.train(request.frame, metrics.frame_resent)
                 if ended.is_set():
                     raise SessionSupersededError("a newer stream works on this session")
+                # After the session has checked them: counting by foreign headers could take for ever.
+                metrics.received(min(payload_bytes(request.frame.tensors), most))
                 metrics.sent(payload_bytes(answer.tensors))
                 metrics.frame_answered(answer.phase, answer.compute_s)
                 if answer.updated:
@@ -114,71 +130,96 @@ class NodeService(node_pb2_grpc.NodeServicer):
 
     def Infer(
         self,
-        request_iterator: Iterator[node_pb2.InferRequest],
+        requests: Iterator[node_pb2.InferRequest],
         context: grpc.ServicerContext,
     ) -> Iterator[node_pb2.InferResponse]:
         """Answers batches in evaluation mode, in order."""
-        with self._telling(context):
-            owner = self._trust.authorize(context)
-            stay = self._find(owner, next(request_iterator, None))
-            for request in request_iterator:
+        with self._calling(context) as call, self._attached(call, requests, "infer", context) as (stay, ended):
+            for request in requests:
                 if request.WhichOneof("part") != "batch":
                     raise MessageRejectedError("an evaluation stream carries batches after its attachment")
-                self._keeper.metrics.received(payload_bytes(request.batch.tensors))
                 answer = stay.session.infer(request.batch)
+                if ended.is_set():
+                    raise SessionSupersededError("a newer stream works on this session")
+                self._keeper.metrics.received(payload_bytes(request.batch.tensors))
                 self._keeper.metrics.sent(payload_bytes(answer.tensors))
                 yield answer
 
     def Snapshot(
         self,
-        request: node_pb2.SnapshotRequest,
+        requests: Iterator[node_pb2.SnapshotRequest],
         context: grpc.ServicerContext,
     ) -> Iterator[node_pb2.SnapshotResponse]:
         """The session's tensors at a step boundary."""
-        with self._telling(context):
-            stay = self._keeper.find(self._trust.authorize(context), request.session_id)
-            step, tensors = stay.session.snapshot(with_optimizer=request.with_optimizer)
-            data = dump_state(tensors)
-            header = node_pb2.SnapshotHeader(next_step=step, state_bytes=len(data), state_sha256=sha256(data))
-            yield node_pb2.SnapshotResponse(header=header)
-            for chunk in chunks(data):
-                self._keeper.metrics.sent(len(chunk))
-                yield node_pb2.SnapshotResponse(chunk=chunk)
+        with self._calling(context) as call:
+            request = _only(call, requests, node_pb2.SnapshotRequest)
+            stay = self._keeper.find(call.owner, request.session_id)
+            with self._working(call, stay, "snapshot", context):
+                call.overdue_at = time.monotonic() + SNAPSHOT_S  # what is written waits for a peer that does not read
+                step, data = _dumped(stay, with_optimizer=request.with_optimizer)
+                header = node_pb2.SnapshotHeader(next_step=step, state_bytes=len(data), state_sha256=sha256(data))
+                yield node_pb2.SnapshotResponse(header=header)
+                for chunk in chunks(data):
+                    self._keeper.metrics.sent(len(chunk))
+                    yield node_pb2.SnapshotResponse(chunk=chunk)
 
     def CloseSession(
         self,
-        request: node_pb2.CloseSessionRequest,
+        requests: Iterator[node_pb2.CloseSessionRequest],
         context: grpc.ServicerContext,
     ) -> node_pb2.CloseSessionResponse:
         """Ends a session and frees what it holds."""
-        with self._telling(context):
-            owner = self._trust.authorize(context)
-            return node_pb2.CloseSessionResponse(closed=self._keeper.close(owner, request.session_id))
+        with self._calling(context) as call:
+            request = _only(call, requests, node_pb2.CloseSessionRequest)
+            return node_pb2.CloseSessionResponse(closed=self._keeper.close(call.owner, request.session_id))
         raise AssertionError  # telling() aborts
 
-    def _find(self, owner: str, first: Any) -> Stay:
-        if first is None or first.WhichOneof("part") != "attachment":
-            raise MessageRejectedError("a stream starts with its attachment to a session")
-        return self._keeper.find(owner, first.attachment.session_id)
+    @contextmanager
+    def _calling(self, context: grpc.ServicerContext) -> Iterator[Call]:
+        """Around every call: who it is, whether there is room for it, and what went wrong."""
+        with self._telling(context):
+            call = self._keeper.callers.enter(self._trust.authorize(context), context.cancel)
+            try:
+                yield call
+            finally:
+                self._keeper.callers.leave(call)
 
     @contextmanager
     def _attached(
         self,
-        requests: Iterator[node_pb2.TrainRequest],
+        call: Call,
+        requests: Iterator[Any],
+        kind: StreamKind,
         context: grpc.ServicerContext,
     ) -> Iterator[tuple[Stay, threading.Event]]:
-        stay = self._find(self._trust.authorize(context), next(requests, None))
+        first = next(call.listen(requests), None)
+        if first is None or first.WhichOneof("part") != "attachment":
+            raise MessageRejectedError("a stream starts with its attachment to a session")
+        stay = self._keeper.find(call.owner, first.attachment.session_id)
+        with self._working(call, stay, kind, context) as ended:
+            yield stay, ended
+
+    @contextmanager
+    def _working(
+        self,
+        call: Call,
+        stay: Stay,
+        kind: StreamKind,
+        context: grpc.ServicerContext,
+    ) -> Iterator[threading.Event]:
+        """Makes the call the one of its kind that works on ``stay``; the event tells that another one does, or none."""
         ended = threading.Event()
 
         def hang_up() -> None:
             ended.set()
             context.cancel()
 
-        self._keeper.attach(stay, hang_up)
+        self._keeper.attach(stay, kind, hang_up)
+        self._keeper.callers.settle(call)
         try:
-            yield stay, ended
+            yield ended
         finally:
-            self._keeper.detach(stay, hang_up)
+            self._keeper.detach(stay, kind, hang_up)
 
     def _ahead(self, requests: Iterator[_T], depth: int) -> Iterator[_T]:
         """``requests``, up to ``depth`` of them read before they are asked for."""
@@ -239,3 +280,17 @@ def _opened(stay: Stay, *, already: bool) -> node_pb2.OpenSessionResponse:
         next_step=stay.session.next_step,
         reserved_bytes=stay.reservation.reserved_bytes,
     )
+
+
+def _only(call: Call, requests: Iterator[Any], kind: type[_M]) -> _M:
+    """The one request of a call that takes one."""
+    request = next(call.listen(requests), None)
+    if not isinstance(request, kind):
+        raise MessageRejectedError(f"not one {kind.DESCRIPTOR.name}")
+    return request
+
+
+def _dumped(stay: Stay, *, with_optimizer: bool) -> tuple[int, bytes]:
+    with _DUMPING:
+        step, tensors = stay.session.snapshot(with_optimizer=with_optimizer)
+        return step, dump_state(tensors)

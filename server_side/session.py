@@ -3,7 +3,8 @@
 A session is a state machine over frames. Within a step, forwards come in the order of their micro-batches, and backwards in
 any order, each after its forward (gradients add up in that order); the frame marked ``update`` ends the step. A frame that was answered before is
 answered from memory (nothing is computed twice); one that cannot follow is refused and changes nothing. Answers are
-kept until the first new frame of the step after theirs, since an owner sends that only when it has them all.
+kept until the first new frame of the step after theirs, since an owner sends that only when it has them all; of a step
+that makes very many, the oldest are forgotten sooner.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2
-from wire.codec import check_finite, decode, encode, owned
+from wire.codec import FRAME_DTYPES, check_finite, decode, encode, owned, payload_bytes
 from wire.errors import (
     ComputeError,
     LimitExceededError,
@@ -31,11 +32,16 @@ from wire.errors import (
     WireError,
 )
 from wire.interpreter import Runner, activation_bytes, check_state
-from wire.program import Program
-from wire.recipe import Loss, Optimizer, PartOptimizer, stream_seed
+from wire.program import Graph, Program
+from wire.recipe import SGD, Loss, Optimizer, PartOptimizer, stream_seed
 from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
 
-__all__ = ["Session", "SessionPlan"]
+__all__ = ["ANSWERS_BYTES", "Session", "SessionPlan", "run_bytes"]
+
+#: Answers that a session keeps of its step, beyond the newest two for each micro-batch in flight.
+ANSWERS_BYTES: Final = 64 * 2**20
+
+_T = TypeVar("_T")
 
 _MAX_ROW_COUNTS: Final = 64  # different batch sizes admitted at a time; training has two, evaluation a third
 
@@ -111,8 +117,14 @@ class Session:
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
         self._answers: dict[tuple[int, int, int], node_pb2.TrainResponse] = {}
+        self._answers_step, self._answers_bytes = plan.first_step, 0
         self._broken = ""
         self.last_used = time.monotonic()
+
+    @property
+    def session_id(self) -> bytes:
+        """Its name, which the owner chose."""
+        return self._plan.session_id
 
     @property
     def max_in_flight(self) -> int:
@@ -123,6 +135,10 @@ class Session:
     def next_step(self) -> int:
         """The step that the next new frame belongs to."""
         return self._step
+
+    def idle_for(self, now: float) -> float:
+        """Seconds of ``time.monotonic()`` without a word from the owner; a session that computes is not idle."""
+        return 0.0 if self._lock.locked() else now - self.last_used
 
     def train(self, frame: node_pb2.Frame, resent: Callable[[], None] | None = None) -> node_pb2.TrainResponse:
         """Answers one frame; calls ``resent`` where the answer came from memory.
@@ -164,6 +180,7 @@ class Session:
             inputs = self._inputs(batch.tensors, training=False)
             with torch.no_grad(), self._computing(training=False):
                 outputs = self._eval.run([*self._values, *inputs])
+                self._check_outputs(outputs)
             return node_pb2.InferResponse(index=batch.index, tensors=[encode(o) for o in outputs])
 
     def snapshot(self, *, with_optimizer: bool) -> tuple[int, dict[str, torch.Tensor]]:
@@ -171,10 +188,13 @@ class Session:
 
         Raises:
             StepOutOfOrderError: in the middle of a step.
+            SessionLostError: an update failed half-way before.
         """
         with self._lock:
             self.last_used = time.monotonic()
-            if self._forwards or self._broken:
+            if self._broken:
+                raise SessionLostError(self._broken)
+            if self._forwards:
                 raise StepOutOfOrderError(f"step {self._step} is under way; finish it, then take the snapshot")
             names = [spec.name for spec in self._program.state]
             # What travels must not share memory with what goes on training.
@@ -229,10 +249,13 @@ class Session:
         return node_pb2.TrainResponse()
 
     def _forward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
-        pending = self._run(frame)
+        pending, answer = self._run(
+            frame,
+            lambda outputs: node_pb2.TrainResponse(tensors=[encode(output) for output in outputs]),
+        )
         self._pending[frame.micro_batch] = pending
         self._forwards += 1
-        return node_pb2.TrainResponse(tensors=[encode(output) for output in pending.outputs])
+        return answer
 
     def _backward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
         pending = self._pending[frame.micro_batch]
@@ -255,20 +278,28 @@ class Session:
         return node_pb2.TrainResponse(tensors=self._input_gradients(pending))
 
     def _loss(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
-        if self._plan.loss is None:
+        function = self._plan.loss
+        if function is None:
             raise MessageRejectedError("the session's spec names no loss")
         if not 0.0 < frame.loss_weight <= 1.0:
             raise MessageRejectedError(f"a loss weight of {frame.loss_weight}; above 0, at most 1")
         labels = self._receive(frame.labels, "labels")
-        pending = self._run(frame, lambda outputs: _check_labels(self._plan.loss, outputs, labels))
+
+        def judge(outputs: list[torch.Tensor]) -> torch.Tensor:
+            _check_labels(function, outputs, labels)
+            loss = function(outputs[0], labels)
+            check_finite(loss.detach(), "the loss")
+            return loss
+
+        pending, loss = self._run(frame, judge)
         with self._applying("loss"):
-            loss = self._plan.loss(pending.outputs[0], labels)
             (loss * frame.loss_weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
         self._forwards += 1
         self._backwards += 1
         return node_pb2.TrainResponse(tensors=self._input_gradients(pending), loss=loss.item())
 
-    def _run(self, frame: node_pb2.Frame, check: Callable[[list[torch.Tensor]], None] | None = None) -> _Pending:
+    def _run(self, frame: node_pb2.Frame, then: Callable[[list[torch.Tensor]], _T]) -> tuple[_Pending, _T]:
+        """A forward, and ``then`` on its outputs; if either refuses, nothing has changed."""
         inputs = self._inputs(frame.tensors, training=True)
         before = [buffer.clone() for buffer in self._buffers]
         try:
@@ -277,15 +308,24 @@ class Session:
                     torch.manual_seed(stream_seed(self._plan.seed, "middle", frame.step, frame.micro_batch))
                 fed = [x.clone() for x in inputs] if self._train.in_place else inputs
                 outputs = self._train.run([*self._values, *fed])
-                if check is not None:
-                    check(outputs)
+                self._check_outputs(outputs)
+                return _Pending(inputs, outputs), then(outputs)
         except WireError:
             # Batch statistics may have moved before an operator refused: a refused frame changes nothing.
             with torch.no_grad():
                 for buffer, value in zip(self._buffers, before, strict=True):
                     buffer.copy_(value)
             raise
-        return _Pending(inputs, outputs)
+
+    def _check_outputs(self, outputs: list[torch.Tensor]) -> None:
+        """Refuses what could not travel back."""
+        for output in outputs:
+            if output.dtype not in FRAME_DTYPES:
+                raise ComputeError(f"the middle returns {output.dtype}, which frames do not carry; cast it")
+            if output.nbytes > self._plan.tensor_bytes:
+                raise LimitExceededError(
+                    f"the middle returns {output.nbytes} bytes in one tensor; the limit is {self._plan.tensor_bytes}",
+                )
 
     def _inputs(self, messages: Sequence[Any], *, training: bool) -> list[torch.Tensor]:
         specs = self._program.inputs
@@ -319,9 +359,8 @@ class Session:
         """Bounds what a run over ``rows`` rows allocates, once for each count: a hostile graph may grow as rows shrink."""
         if (training, rows) in self._admitted:
             return
-        with _ADMITTING:
-            graph = self._program.train if training else self._program.eval
-            activation_bytes(self._program, graph, rows, self._plan.activation_bytes_per_micro_batch)
+        graph = self._program.train if training else self._program.eval
+        run_bytes(self._program, graph, rows, self._plan.activation_bytes_per_micro_batch)
         if len(self._admitted) >= _MAX_ROW_COUNTS:
             self._admitted.clear()
         self._admitted[training, rows] = None
@@ -363,26 +402,52 @@ class Session:
         self._forwards = self._backwards = 0
 
     def _remember(self, frame: node_pb2.Frame, answer: node_pb2.TrainResponse) -> None:
-        self._answers = {key: kept for key, kept in self._answers.items() if key[0] == frame.step}
+        if self._answers_step != frame.step:
+            self._answers.clear()
+            self._answers_step, self._answers_bytes = frame.step, 0
         self._answers[frame.step, frame.micro_batch, frame.phase] = answer
+        self._answers_bytes += payload_bytes(answer.tensors)
+        # What is in flight is unanswered, each micro-batch with one frame; the rest is for owners that start over.
+        while self._answers_bytes > ANSWERS_BYTES and len(self._answers) > 2 * self._plan.max_in_flight:
+            oldest = self._answers.pop(next(iter(self._answers)))
+            self._answers_bytes -= payload_bytes(oldest.tensors)
 
     def _restore_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        optimizer = self._optimizer.torch
         for key, tensor in tensors.items():
             name, _, slot = key.rpartition("/")
             parameter = self._parameters.get(name)
-            if parameter is None or self._optimizer.torch is None:
+            if parameter is None or optimizer is None:
                 raise StateRejectedError(f"optimizer state for {name!r}, which is not trained")
-            shape: torch.Size | tuple[()] = () if slot == "step" else parameter.shape
-            if slot not in self._slots or tensor.shape != shape or tensor.dtype != torch.float32:
+            # torch counts steps in float32, on the CPU, whatever the parameter is.
+            counts = slot == "step"
+            shape = torch.Size() if counts else parameter.shape
+            dtype, home = (torch.float32, torch.device("cpu")) if counts else (parameter.dtype, self._device)
+            if slot not in self._slots or tensor.shape != shape or tensor.dtype != dtype:
                 raise StateRejectedError(f"optimizer state {slot!r} of {name!r} is not this optimizer's")
-            home = torch.device("cpu") if slot == "step" else self._device
-            self._optimizer.torch.state[parameter][slot] = tensor.to(home, copy=True)
+            optimizer.state[parameter][slot] = tensor.to(home, copy=True)
+        for name, parameter in self._parameters.items():
+            missing = self._slots - optimizer.state[parameter].keys() if optimizer and parameter in optimizer.state else ()
+            if missing:
+                raise StateRejectedError(f"the optimizer state of {name!r} is without its {', '.join(sorted(missing))}")
 
     @property
     def _slots(self) -> frozenset[str]:
-        if isinstance(self._optimizer.torch, torch.optim.SGD):
-            return frozenset({"momentum_buffer"})
-        return frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+        """What this optimizer keeps for each parameter."""
+        recipe = self._plan.optimizer
+        if isinstance(recipe, SGD):
+            return frozenset({"momentum_buffer"} if recipe.momentum else ())
+        return frozenset({"step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if recipe.amsgrad else ())})
+
+
+def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
+    """:func:`activation_bytes`, for one thread at a time.
+
+    Raises:
+        LimitExceededError, ProgramRejectedError: as there.
+    """
+    with _ADMITTING:
+        return activation_bytes(program, graph, rows, limit)
 
 
 def _place(spec: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -392,10 +457,10 @@ def _place(spec: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tenso
     return own
 
 
-def _check_labels(loss: Loss | None, outputs: list[torch.Tensor], labels: torch.Tensor) -> None:
+def _check_labels(loss: Loss, outputs: list[torch.Tensor], labels: torch.Tensor) -> None:
     """Refuses labels that an operator would refuse late, or on a GPU fatally."""
     output = outputs[0]
-    if loss is None or len(outputs) != 1 or not output.is_floating_point():
+    if len(outputs) != 1 or not output.is_floating_point():
         raise MessageRejectedError("the node's loss takes a middle with one output of floating point")
     if not loss.takes_classes:
         if labels.shape != output.shape or labels.dtype != output.dtype:
