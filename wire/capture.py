@@ -7,6 +7,7 @@ autocast become what they are, a switch of gradient mode or nothing. What export
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,14 +80,21 @@ def capture(module: nn.Module, example: Sequence[torch.Tensor]) -> Captured:
 def _export(module: nn.Module, example: Sequence[torch.Tensor], which: str) -> ExportedProgram:
     if any(x.ndim == 0 or x.shape[0] < 2 for x in example):  # noqa: PLR2004 -- export bakes in sizes of 0 and 1
         raise CutError("the example needs at least 2 rows in dimension 0 of every tensor that crosses the cut")
-    shapes = tuple({0: Dim.DYNAMIC} for _ in example)
     try:
-        return torch.export.export(module, tuple(example), dynamic_shapes=(shapes,), strict=False)
+        shapes = _batched(module, example)
+        return torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # export raises dozens of types, its own and every operator's
         raise CutError(
             f"torch.export cannot capture the middle in {which} mode: {_first_lines(error)}\n"
             "Move the cut so that the middle avoids this, or write that part without data-dependent control flow.",
         ) from error
+
+
+def _batched(module: nn.Module, example: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What export calls dynamic shapes, nested as the arguments of ``forward`` are: those of ``*inputs`` are one."""
+    bound = inspect.signature(module.forward).bind(*example)
+    batch = {0: Dim.DYNAMIC}
+    return tuple(tuple(batch for _ in a) if isinstance(a, tuple) else batch for a in bound.arguments.values())
 
 
 def _first_lines(error: Exception) -> str:

@@ -118,6 +118,9 @@ def decode(message: tensor_pb2.Tensor, *, max_bytes: int = MAX_TENSOR_BYTES) -> 
     if claimed != len(data):
         raise TensorRejectedError(f"a header that claims {claimed} bytes before {len(data)} bytes of data")
     if claimed == 0:
+        # Strides are products of the other dimensions, and torch counts them in 64 bits.
+        if math.prod(max(size, 1) for size in shape) > _MAX_SIZE:
+            raise TensorRejectedError(f"an empty tensor whose other dimensions multiply to more than {_MAX_SIZE}")
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool and data.translate(None, b"\0\1"):
         raise TensorRejectedError("a boolean tensor with bytes other than 0 and 1")
@@ -132,8 +135,19 @@ def owned(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Ten
 
 
 def payload_bytes(messages: Iterable[tensor_pb2.Tensor]) -> int:
-    """The bytes of data in ``messages``, by their headers: asking the messages themselves would copy them."""
-    return sum(math.prod(m.shape) * DTYPES[m.dtype].itemsize for m in messages if m.dtype in DTYPES)
+    """The bytes of data in ``messages``, by their headers: asking the messages themselves would copy them.
+
+    A header that :func:`decode` refuses for its claim counts nothing.
+    """
+    return sum(_claimed_bytes(m) for m in messages)
+
+
+def _claimed_bytes(message: tensor_pb2.Tensor) -> int:
+    dtype = DTYPES.get(message.dtype)
+    if dtype is None or len(message.shape) > MAX_RANK:
+        return 0
+    claimed = math.prod(message.shape) * dtype.itemsize
+    return claimed if claimed <= MAX_TENSOR_BYTES else 0
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:

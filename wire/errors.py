@@ -36,6 +36,8 @@ from __future__ import annotations
 from typing import ClassVar, Final
 
 import grpc
+from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -71,7 +73,8 @@ __all__ = [
 
 DOMAIN: Final = "cloister.v1"
 
-MAX_MESSAGE_CHARS: Final = 2000  # what fits a trailing header (8 KiB) in the worst UTF-8, with room for the rest
+# A status travels twice in its trailers, percent-encoded (up to 3 bytes a byte) and in base64 (4/3); gRPC takes 8 KiB.
+_MAX_MESSAGE_BYTES: Final = 1700
 
 
 class CloisterError(Exception):
@@ -207,7 +210,7 @@ _BY_REASON: Final[dict[str, type[WireError]]] = {cls.reason: cls for cls in _lea
 def status_of(error: WireError) -> grpc.Status:
     """The rich gRPC status that carries ``error`` (pass it to ``context.abort_with_status``)."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
-    status = status_pb2.Status(code=_code(error.status), message=str(error)[:MAX_MESSAGE_CHARS])
+    status = status_pb2.Status(code=_code(error.status), message=_bounded(str(error)))
     status.details.add().Pack(info)
     return rpc_status.to_status(status)
 
@@ -219,22 +222,35 @@ def error_from_rpc(error: grpc.RpcError) -> CloisterError:
         The :class:`WireError` that the peer raised, where it told one; :class:`UnreachableError` where the connection
         itself failed; :class:`InternalError` for anything else. The caller raises it ``from error``.
     """
-    code, details = error.code(), (error.details() or "")[:MAX_MESSAGE_CHARS]
+    code, details = error.code(), _bounded(error.details() or "")
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # the trailing status contradicts the call's own: made up, so not believed
+    except (ValueError, DecodeError):  # no status, or one that contradicts the call's own: made up, so not believed
         status = None
     for packed in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
-        if packed.Is(info.DESCRIPTOR) and packed.Unpack(info) and info.domain == DOMAIN:
-            known = _BY_REASON.get(info.reason)
-            if known is not None and known.status is code:
-                return known(details)
+        known = _BY_REASON.get(_reason(packed))
+        if known is not None and known.status is code:
+            return known(details)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return UnreachableError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own: a message above the receiver's limit
         return LimitExceededError(details)
     return InternalError(f"{code.name if code else 'UNKNOWN'}: {details}")
+
+
+def _reason(packed: Packed) -> str:
+    """The reason that a detail of a status gives, if it is one of ours."""
+    info = error_details_pb2.ErrorInfo()
+    try:
+        ours = packed.Is(info.DESCRIPTOR) and packed.Unpack(info) and info.domain == DOMAIN
+    except DecodeError:
+        return ""
+    return info.reason if ours else ""
+
+
+def _bounded(text: str) -> str:
+    """The beginning of ``text`` that fits the trailers; what UTF-8 cannot say becomes a question mark."""
+    return text[:_MAX_MESSAGE_BYTES].encode(errors="replace")[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def _code(status: grpc.StatusCode) -> int:

@@ -123,6 +123,7 @@ class Schedule:
         _require(0.0 <= self.gamma <= 1.0, "schedule gamma: 0 to 1")
         _require(len(self.milestones) <= _MAX_MILESTONES, f"schedule milestones: at most {_MAX_MILESTONES}")
         _require(list(self.milestones) == sorted(self.milestones), "schedule milestones: in rising order")
+        _require(all(0 <= m <= _MAX_STEP for m in self.milestones), "schedule milestones: at least 0")
 
     def factor(self, step: int) -> float:
         """What the base learning rate is multiplied by at ``step`` (counted from 0)."""

@@ -28,12 +28,17 @@ def load_state(data: bytes) -> dict[str, torch.Tensor]:
     """The tensors of ``data``, which may be anybody's; the caller has bounded its length.
 
     Raises:
-        StateRejectedError: not safetensors.
+        StateRejectedError: not safetensors, or a boolean that is neither 0 nor 1.
     """
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise StateRejectedError("the state's bytes are not safetensors") from error
+    for name, tensor in tensors.items():
+        # Kernels may do anything with another byte.
+        if tensor.dtype is torch.bool and tensor.view(torch.uint8).gt(1).any():
+            raise StateRejectedError(f"{name[:80]!r} holds bytes other than 0 and 1 as booleans")
+    return tensors
 
 
 def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
