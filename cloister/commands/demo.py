@@ -1,0 +1,133 @@
+"""``cloister demo``: a real model through a real node on this machine, and the proof that the cut changed nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.panel import Panel
+
+import cloister
+from client_side.callbacks import Callback, Control, Evaluation, TrainState
+from client_side.spawn import LocalNode
+from cloister import digits, quickstart
+from cloister.exits import ExitCode
+from cloister.output import Format, FormatOption, print_record, progress_console
+from cloister.progress import ProgressDisplay
+from wire.files import write_private
+from wire.state import dump_state, sha256
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@dataclass(frozen=True, slots=True)
+class _Proven:
+    """What the demo found."""
+
+    test_accuracy: float
+    test_loss: float
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    tensors_compared: int
+    equal_to_the_bit: bool
+    model: Path
+    model_sha256: str
+
+
+class _Evaluated(Callback):
+    """Keeps the evaluation's result."""
+
+    def __init__(self) -> None:
+        self.result = Evaluation(0.0, None, 0)
+
+    def on_evaluate(self, state: TrainState, control: Control, result: Evaluation) -> None:
+        """Notes ``result``."""
+        del state, control
+        self.result = result
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[Path, typer.Option(help="Where the trained model goes.")] = Path("digits.safetensors"),
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Train a real model through a real node on this machine, and prove that the cut changed nothing.
+
+    Starts a node as a process of its own, with mutual TLS between throw-away identities. Cuts a small convolutional
+    network: its stem, its head, the images and the labels stay in this process; the node gets the body. Trains on
+    scikit-learn's digits (1,437 scans), evaluates on 360 others, saves the whole model, then trains the same model
+    without a split and compares every parameter and buffer, bit for bit. Leaves nothing running.
+    """
+    console = progress_console()
+    # Small layers run faster on one thread, and owner and node share this machine.
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    evaluated = _Evaluated()
+    display = ProgressDisplay()
+    with tempfile.TemporaryDirectory(prefix="cloister-demo-") as folder:
+        console.print("[bold]1[/] starting a node in its own process, mutual TLS, keys made for this demo only")
+        with LocalNode(Path(folder), threads=1) as node:
+            console.print(f"  node {node.address}", soft_wrap=True)
+            console.print("[bold]2[/] training: images, labels, stem and head stay here; the body is on the node")
+            with contextlib.redirect_stdout(io.StringIO()):  # the example prints for readers; we print a table
+                cut = quickstart.train(node.address, node.owner, display, evaluated)
+    console.print("[bold]3[/] training the same model unsplit, to compare")
+    trained = {name: tensor.clone() for name, tensor in cut.reassemble().state_dict().items()}
+    different = [name for name, tensor in _unsplit().items() if not torch.equal(tensor, trained[name])]
+    data = dump_state(trained)
+    write_private(out, data)
+    traffic = display.traffic
+    print_record(
+        _Proven(
+            test_accuracy=round(evaluated.result.accuracy or 0.0, 4),
+            test_loss=round(evaluated.result.loss, 4),
+            seconds=round(time.perf_counter() - started, 1),
+            bytes_up=traffic.up,
+            bytes_down=traffic.down,
+            tensors_compared=len(trained),
+            equal_to_the_bit=not different,
+            model=out,
+            model_sha256=sha256(data).hex(),
+        ),
+        fmt,
+    )
+    if different:
+        console.print(f"[bold red]not equal[/]: {', '.join(different[:5])}")
+        raise typer.Exit(ExitCode.FAILED)
+    console.print(
+        Panel.fit(
+            f"Split and unsplit training gave the same model: all {len(trained)} parameters and buffers are "
+            "[bold green]equal to the bit[/]. No image, no label and no layer of yours went over the wire. "
+            "The node saw activations at the cut and gradients at its outputs, in the clear: from the former images can "
+            "be reconstructed in part, from the latter labels can be inferred. Exactness is proven here, "
+            "[bold]not privacy[/].",
+            title="proven",
+        ),
+    )
+
+
+def _unsplit() -> dict[str, torch.Tensor]:
+    """The model that the very same training gives without a split."""
+    torch.manual_seed(0)
+    model = digits.model()
+    images, _ = next(iter(digits.train_loader()))
+    cut = cloister.cut(model, front="stem", head="head", example=images)
+    trainer = cloister.UnsplitTrainer(
+        cut,
+        optimizer=cloister.AdamW(lr=2e-3),
+        loss=cloister.Loss("cross_entropy"),
+        micro_batches=2,
+    )
+    trainer.fit(digits.train_loader(), epochs=3)
+    return dict(cut.reassemble().state_dict())
