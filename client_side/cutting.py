@@ -11,54 +11,23 @@ head past the middle never leave the owner.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
-from torch import fx, nn
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
+from client_side.division import Division, Part, Runs, run_nodes
+from client_side.splitting import Divided, divide, refuse_inputs, refuse_without_rows
+from client_side.tracing import trace
 from wire.capture import Captured, capture
 from wire.errors import CutError, StateRejectedError
 from wire.program import Program
 
 __all__ = ["Cut", "as_tuple", "cut", "trace"]
-
-
-class _PathTracer(fx.Tracer):
-    """Keeps every module whole but the ancestors of the named ones, which must be seen through."""
-
-    def __init__(self, through: set[str]) -> None:
-        super().__init__()
-        self._through = through
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        del m
-        return module_qualified_name not in self._through
-
-
-def trace(model: nn.Module, names: Iterable[str]) -> fx.GraphModule:
-    """``model`` as a graph of whole modules, opened just far enough that ``names`` stand in it.
-
-    Raises:
-        CutError: a name is no submodule, or ``torch.fx`` cannot follow the model's ``forward``.
-    """
-    known = dict(model.named_modules())
-    through = set()
-    for name in names:
-        if name not in known or not name:
-            close = [n for n in known if n and "." not in n]
-            raise CutError(f"the model has no submodule {name!r}; at its top level stand {', '.join(close)}")
-        parts = name.split(".")
-        through |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
-    tracer = _PathTracer(through)
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:  # fx runs the model's own forward, which may raise anything
-        raise CutError(
-            f"torch.fx cannot follow this model's forward ({type(error).__name__}: {str(error)[:200]}). "
-            "Give the three parts yourself: cloister.Cut(front=…, middle=…, head=…).",
-        ) from error
-    return fx.GraphModule(model, graph)
 
 
 def cut(
@@ -70,8 +39,11 @@ def cut(
 ) -> Cut:
     """Cuts ``model`` behind the submodule ``front`` and, U-shaped, before the submodule ``head``.
 
+    Training the parts equals training the model to the bit, with one exception: where the head reads one of the very
+    tensors that go up, and the middle reads it more than once, its gradient is summed in another order.
+
     Args:
-        model: any ``nn.Module`` that ``torch.fx`` can trace at its top level.
+        model: any ``nn.Module`` that ``torch.fx`` can trace at its top level. It is not changed.
         front: everything up to and including this submodule stays with the owner.
         head: everything from this submodule on stays with the owner; ``None`` (vanilla) leaves the rest, the loss and
             so the labels to the node.
@@ -80,82 +52,92 @@ def cut(
     Raises:
         CutError: naming the tensor, parameter or operator that forbids this cut, and what to do.
     """
-    traced = trace(model, [front] if head is None else [front, head])
-    order = [n for n in traced.graph.nodes if n.op not in ("placeholder", "output")]
-    last = _position(order, front, first=False)
-    first = len(order) if head is None else _position(order, head, first=True)
-    if last >= first:
-        raise CutError(f"{head!r} runs before {front!r}: name a front that comes before the head")
-    if first - last == 1:
-        raise CutError(f"nothing runs between {front!r} and {head!r}: there is no middle to give away")
-    parts = (order[: last + 1], order[last + 1 : first], order[first:])
-    split = _Split(traced, parts, front, head)
-    return Cut._of(model, split, (example,) if isinstance(example, torch.Tensor) else tuple(example))
+    inputs = _checked(example)
+    traced = trace(model, [front] if head is None else [front, head], len(inputs))
+    division = Division(traced, front, head)
+    return Cut._of(model, _divided(division, inputs))  # noqa: SLF001 -- the class's second constructor
 
 
-def _position(order: list[fx.Node], name: str, *, first: bool) -> int:
-    calls = [i for i, n in enumerate(order) if n.op == "call_module" and n.target == name]
-    if not calls:
-        raise CutError(f"the submodule {name!r} is never called by the model's forward; name one that is")
-    return calls[0] if first else calls[-1]
+def _divided(division: Division, inputs: tuple[torch.Tensor, ...]) -> Divided:
+    """Runs front and middle at two batch sizes (the middle on fake tensors: only shapes matter), then divides."""
+    batches = (inputs, _grown(inputs))
+    runs = Runs(
+        (len(inputs[0]), len(batches[1][0])),
+        (dict(zip(division.inputs, batches[0], strict=True)), dict(zip(division.inputs, batches[1], strict=True))),
+    )
+    with undisturbed(division.traced, training=False):
+        for known in runs.known:
+            run_nodes(division.traced, division.of(Part.FRONT), known)
+    division.settle(Part.FRONT, runs)
+    refuse_inputs(division)
+    changed = _run_middle(division, runs)
+    division.settle(Part.MIDDLE, runs)
+    divided = divide(division, runs)
+    _refuse_raw(divided, inputs)
+    _refuse_changed(divided, changed)
+    return divided
 
 
-class _Split:
-    """The three parts of a traced model, and what crosses between them."""
+def _run_middle(division: Division, runs: Runs) -> list[torch.Tensor]:
+    """Completes ``runs`` by the middle's results, on fake tensors; returns the inputs that it changes in place."""
+    changed = []
+    # In training: that is where the most happens in place.
+    with undisturbed(division.traced, training=True), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for known in runs.known:
+            made: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def __init__(
-        self,
-        traced: fx.GraphModule,
-        parts: tuple[list[fx.Node], list[fx.Node], list[fx.Node]],
-        front: str,
-        head: str | None,
-    ) -> None:
-        front_nodes, middle_nodes, head_nodes = (set(part) for part in parts)
-        placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-        (result,) = next(n for n in traced.graph.nodes if n.op == "output").args
-        _refuse_inputs(placeholders, middle_nodes, front)
-        up = [n for n in parts[0] if any(user in middle_nodes for user in n.users)]
-        down = [n for n in parts[1] if any(user in head_nodes or user.op == "output" for user in n.users)]
-        kept = [
-            n
-            for n in (*placeholders, *parts[0])
-            if any(user in head_nodes for user in n.users)
-        ]
-        if not up:
-            raise CutError(f"nothing that {front!r} makes reaches the middle")
-        if head is None and (len(down) != 1 or result is not down[0]):
-            raise CutError("without a head the middle must return the model's output, one tensor; name a head")
-        self.front = _part(traced, parts[0], placeholders, (*up, *kept))
-        self.middle = _part(traced, parts[1], up, tuple(down))
-        self.head = None if head is None else _part(traced, parts[2], (*down, *kept), result)
-        self.crossing = len(up)
+            def fake(tensor: torch.Tensor, made: list[tuple[torch.Tensor, torch.Tensor, int]] = made) -> torch.Tensor:
+                twin = mode.from_tensor(tensor)
+                made.append((tensor, twin, twin._version))  # noqa: SLF001 -- the only trace of a change in place
+                return twin
+
+            crossing = division.crossing(Part.FRONT, Part.MIDDLE)
+            within = {node: tree_map_only(torch.Tensor, fake, known[node]) for node in crossing}
+            run_nodes(division.traced, division.of(Part.MIDDLE), within)
+            known.update({node: within[node] for node in division.of(Part.MIDDLE)})
+            changed += [t for t, twin, version in made if twin._version != version]  # noqa: SLF001 -- as above
+    return changed
 
 
-def _refuse_inputs(placeholders: list[fx.Node], middle: set[fx.Node], front: str) -> None:
-    for node in placeholders:
-        if any(user in middle for user in node.users):
-            user = next(user for user in node.users if user in middle)
+def _refuse_raw(divided: Divided, inputs: Sequence[torch.Tensor]) -> None:
+    for leaf in divided.up:
+        if any(_share_memory(leaf.values[0], x) for x in inputs):
             raise CutError(
-                f"the middle reads the input {node.name!r} itself (at {user.name!r}): your raw data would leave. "
-                f"Choose a front behind {front!r} that takes it in, or a head that starts at {user.name!r}.",
+                f"the tensor {leaf.name} that crosses the cut is an input itself, at most reshaped: your raw data "
+                "would leave. Choose a front that takes it in.",
             )
 
 
-def _part(
-    traced: fx.GraphModule,
-    nodes: Sequence[fx.Node],
-    inputs: Sequence[fx.Node],
-    result: Any,
-) -> fx.GraphModule:
-    """A graph module of ``nodes`` over the model's own submodules."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    if isinstance(result, tuple) and len(result) == 1:
-        (result,) = result  # one tensor is a tensor, so that parts can be called one after the other by hand
-    graph.output(fx.map_arg(result, lambda n: copies[n]))
-    return fx.GraphModule(traced, graph)
+def _refuse_changed(divided: Divided, changed: Sequence[torch.Tensor]) -> None:
+    """The node changes a copy of its own: nobody else may look for the change."""
+    for tensor in changed:
+        for leaf in (*divided.kept, *(leaf for leaf in divided.up if leaf.values[0] is not tensor)):
+            if _share_memory(leaf.values[0], tensor):
+                raise CutError(
+                    f"the middle changes the tensor {leaf.name} in place, and it is also needed elsewhere: use the "
+                    "operator that is not in place (such as nn.ReLU(inplace=False)), or move the cut.",
+                )
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.numel()) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+
+
+def _checked(example: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
+        raise CutError("the example is one tensor, or one for each input of the model")
+    if len({x.shape[:1] for x in inputs}) > 1 or inputs[0].ndim == 0 or len(inputs[0]) < 2:  # noqa: PLR2004 -- export's
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise CutError(
+            f"the example needs the batch, at least 2 rows, as dimension 0 of every input; here are {shapes}"
+        )
+    return inputs
+
+
+def _grown(inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The same batch and one row more."""
+    return tuple(torch.cat([x, x[:1]]) for x in inputs)
 
 
 class Cut:
@@ -183,45 +165,41 @@ class Cut:
         Raises:
             CutError: naming the parameter that two parts share, or what keeps the middle from travelling.
         """
-        whole = nn.ModuleDict({"front": front, "middle": middle})
-        if head is not None:
-            whole["head"] = head
-        inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
-        self._assemble(whole, front, middle, head, None, inputs)
+        for name, part in (("front", front), ("middle", middle), ("head", head)):
+            if not isinstance(part, nn.Module) and (name != "head" or part is not None):
+                raise CutError(f"{name} is a {type(part).__name__}: give an nn.Module (wrap a function in one)")
+        inputs = _checked(example)
+        batches = (inputs, _grown(inputs))
+        with undisturbed(front, training=False):
+            made = [as_tuple(front(*batch)) for batch in batches]
+        for number, values in enumerate(zip(*made, strict=True)):
+            refuse_without_rows(f"number {number} of the front's", values, [len(batch[0]) for batch in batches])
+        self._assemble(_Whole(front, middle, head), (front, middle, head), made[0], len(made[0]))
 
     @classmethod
-    def _of(cls, model: nn.Module, split: _Split, example: Sequence[torch.Tensor]) -> Cut:
+    def _of(cls, model: nn.Module, parts: Divided) -> Cut:
         made = cls.__new__(cls)
-        made._assemble(model, split.front, split.middle, split.head, split.crossing, example)
+        smashed = [leaf.values[0] for leaf in parts.up]
+        made._assemble(model, (parts.front, parts.middle, parts.head), smashed, len(smashed))  # noqa: SLF001 -- its own
         return made
 
-    def _assemble(  # noqa: PLR0913 -- both constructors' common end
+    def _assemble(
         self,
         whole: nn.Module,
-        front: nn.Module,
-        middle: nn.Module,
-        head: nn.Module | None,
-        crossing: int | None,
-        example: Sequence[torch.Tensor],
+        parts: tuple[nn.Module, nn.Module, nn.Module | None],
+        smashed: Sequence[torch.Tensor],
+        crossing: int,
     ) -> None:
-        _refuse_shared(front, middle, head)
-        self.front, self.head = front, head
-        self._middle, self._whole = middle, whole
-        with torch.no_grad():
-            made = as_tuple(_in_evaluation(front, example))
-        self.crossing = len(made) if crossing is None else crossing
-        smashed = made[: self.crossing]
-        for number, tensor in enumerate(smashed):
-            if tensor.ndim == 0 or tensor.shape[0] != example[0].shape[0]:
-                raise CutError(
-                    f"tensor {number} across the cut has shape {tuple(tensor.shape)}: every tensor that crosses needs the "
-                    "batch as its dimension 0",
-                )
-        self.captured: Captured = capture(_Tupled(middle), smashed)
+        _refuse_shared(*parts)
+        self.front, self._middle, self.head = parts
+        self._whole, self.crossing = whole, crossing
+        mode = self._middle.training
+        self.captured: Captured = capture(_Tupled(self._middle), smashed)
+        self._middle.training = mode
 
     @property
     def program(self) -> Program:
-        """The middle's checked program ."""
+        """The middle's checked program."""
         return self.captured.program
 
     @property
@@ -229,7 +207,10 @@ class Cut:
         """The middle as it was before any training: the module itself, for inspection and for unsplit reference."""
         return self._middle
 
-    def split_outputs(self, made: Any) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def split_outputs(
+        self,
+        made: Any,  # noqa: ANN401 -- whatever the front returned
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """What the front returned: the tensors that cross, and those that stay for the head."""
         everything = as_tuple(made)
         return everything[: self.crossing], everything[self.crossing :]
@@ -251,7 +232,7 @@ class Cut:
         """
         state = self.captured.state
         if tensors.keys() != state.keys():
-            odd = sorted(tensors.keys() ^ state.keys())[0]
+            odd = min(tensors.keys() ^ state.keys())
             raise StateRejectedError(f"the node's state and the middle differ in {odd!r}")
         for name, own in state.items():
             if tensors[name].shape != own.shape or tensors[name].dtype != own.dtype:
@@ -269,22 +250,40 @@ class Cut:
         return self._whole
 
 
+class _Whole(nn.Module):
+    """Three parts that run one after the other."""
+
+    def __init__(self, front: nn.Module, middle: nn.Module, head: nn.Module | None) -> None:
+        super().__init__()
+        self.front, self.middle, self.head = front, middle, head
+
+    def forward(self, *inputs: torch.Tensor) -> Any:  # noqa: ANN401 -- whatever the head returns
+        made = self.middle(*as_tuple(self.front(*inputs)))
+        return made if self.head is None else self.head(*as_tuple(made))
+
+
 class _Tupled(nn.Module):
     """Gives a part that takes and returns tensors the one form that a program has, under the part's own names."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         # Not registered as a child: its tensors must keep their names, without a prefix.
+        self._part: nn.Module
         object.__setattr__(self, "_part", part)
         self._parameters = part._parameters  # noqa: SLF001
         self._buffers = part._buffers  # noqa: SLF001
         self._modules = part._modules  # noqa: SLF001
 
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 -- torch's own signature
+        """Sets the mode of the part too: its own code may ask for it, and it is no child."""
+        self._part.train(mode)
+        return super().train(mode)
+
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return as_tuple(self._part(*inputs))
 
 
-def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:
+def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:  # noqa: ANN401 -- whatever a part returned
     """``made`` as the tensors that it is.
 
     Raises:
@@ -297,18 +296,31 @@ def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def _in_evaluation(front: nn.Module, example: Sequence[torch.Tensor]) -> Any:
-    """One run that leaves no trace: in evaluation mode, so that no buffer moves, on the modes restored after."""
-    modes = {name: module.training for name, module in front.named_modules()}
+@contextmanager
+def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, ``module`` runs in that mode and without gradients; afterwards nothing of it has changed."""
+    flags = [(sub, sub.training) for sub in module.modules()]
+    buffers = [
+        (sub, name, buffer, buffer.clone())
+        for sub in module.modules()
+        for name, buffer in sub._buffers.items()  # noqa: SLF001 -- torch tells of no other way to put one back
+        if buffer is not None
+    ]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]  # torch's
     try:
-        return front.eval()(*example)
+        module.train(training)
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
     finally:
-        for name, module in front.named_modules():
-            module.training = modes[name]
+        for sub, flag in flags:
+            sub.training = flag
+        with torch.no_grad():
+            for sub, name, buffer, value in buffers:
+                sub._buffers[name] = buffer.copy_(value)  # noqa: SLF001 -- as above
 
 
 def _refuse_shared(front: nn.Module, middle: nn.Module, head: nn.Module | None) -> None:
-    owners = {}
+    owners: dict[int, str] = {}
     for part in (front, head):
         if part is not None:
             owners |= {id(t): name for name, t in _named_tensors(part)}
