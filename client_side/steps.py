@@ -4,8 +4,8 @@ The order of every sum is fixed: fronts run forward, heads run, and fronts run b
 micro-batches, whatever the timing. So the numbers do not depend on how many are in flight, only on how the batch is
 cut into micro-batches.
 
-Shapes: a batch ``x`` is a tuple of tensors ``[B, ...]``; its ``B`` rows become ``m`` micro-batches of ``B // m`` rows, or
-one more.
+Shapes: a batch ``x`` is a tuple of tensors ``[B, ...]``; its ``B`` rows become ``m`` micro-batches of ``B // m`` rows,
+or one more.
 """
 
 from __future__ import annotations
