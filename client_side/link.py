@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S: Final = 600.0  # a state of several GB over a slow line
 CALL_TIMEOUT_S: Final = 30.0
+_GOODBYE_S: Final = 5.0  # whoever presses Ctrl-C on a node that hangs is not kept waiting; the session expires anyway
 RECONNECT_S: Final = 120.0  # a node that restarts is back within seconds; a router within two minutes
 _INFER_AHEAD: Final = 4  # batches sent before the first answer is read
 
@@ -278,7 +279,7 @@ class Link:
             try:
                 self._stub.CloseSession(
                     node_pb2.CloseSessionRequest(session_id=self._session),
-                    timeout=CALL_TIMEOUT_S,
+                    timeout=_GOODBYE_S,
                 )
             except grpc.RpcError as error:
                 _log.warning("the node was not told that the session ends: %s", error_from_rpc(error))

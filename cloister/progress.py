@@ -13,6 +13,7 @@ What stands in a row is a list of :class:`Column`; whoever has more to say of a 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +23,27 @@ from types import TracebackType
 from typing import Final, Self
 
 from rich.console import Console, Group, RenderableType
-from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
-from cloister.output import progress_console
+from client_side.link import Traffic
+from cloister.output import clean, progress_console
 
 __all__ = ["COLUMNS", "Column", "Moment", "ProgressDisplay"]
 
 _REFRESH_HZ: Final = 8  # smooth to the eye; drawing then takes under 1 % of a core
 _GAP: Final = "  "
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:  # noqa: PLR2004 - SI units, as links are sold
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +90,8 @@ COLUMNS: Final = (
     Column("step", 8, lambda m: f"{m.step:,}"),
     Column("loss", 8, lambda m: f"{m.loss:.4f}" if m.rows else "-"),
     Column("samples/s", 9, lambda m: f"{m.rows / m.seconds:,.0f}" if m.rows else "-"),
-    Column("up", 9, lambda m: decimal(m.up)),
-    Column("down", 9, lambda m: decimal(m.down)),
+    Column("up", 9, lambda m: _size(m.up)),
+    Column("down", 9, lambda m: _size(m.down)),
     Column("node", 5, lambda m: f"{m.node_s / m.seconds:.0%}".replace("%", " %") if m.rows else "-"),
     Column("reconnects", 10, lambda m: str(m.reconnects)),
 )
@@ -116,6 +125,7 @@ class ProgressDisplay(Callback):
         self._is_live = self._console.is_interactive and sys.stderr.isatty() if live is None else live
         self._columns = columns
         self._live: Live | None = None
+        self._notice = ""
         self._moment = Moment(epoch=0, epochs=0, step=0)
         self._first_step = 0
         self._total: int | None = None
@@ -129,11 +139,28 @@ class ProgressDisplay(Callback):
         """Stops the display."""
         self.close()
 
+    @property
+    def traffic(self) -> Traffic:
+        """What went over the link, as of the last step."""
+        return Traffic(self._moment.up, self._moment.down, self._moment.reconnects)
+
     def close(self) -> None:
         """Stops what moves, and gives the terminal its cursor back; harmless when nothing moves."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        # Never wrapped: a line is a line, for whoever reads a log.
+        self._console.print(Text(clean(line)), no_wrap=True, overflow="ignore", crop=False)
+
+    def notify(self, text: str) -> None:
+        """Says something from inside a signal handler, where printing is not safe."""
+        if self._live is None:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
+        else:
+            self._notice = text
 
     def on_train_begin(self, state: TrainState, control: Control) -> None:
         """Starts to move."""
@@ -185,13 +212,13 @@ class ProgressDisplay(Callback):
         """The row stays."""
         del state, control
         done = dataclasses.replace(self._moment, epoch=end.epoch, loss=end.loss, rows=end.rows, seconds=end.seconds)
-        self._say(self._row(done) if self._is_live else self._plain(done))
+        self.say(self._row(done) if self._is_live else self._plain(done))
 
     def on_evaluate(self, state: TrainState, control: Control, result: Evaluation) -> None:
         """One line."""
         del state, control
         accuracy = "" if result.accuracy is None else f"  accuracy {result.accuracy:.2%}".replace("%", " %")
-        self._say(f"evaluated on {result.rows:,} labels  loss {result.loss:.4f}{accuracy}")
+        self.say(f"evaluated on {result.rows:,} labels  loss {result.loss:.4f}{accuracy}")
 
     def on_train_end(self, state: TrainState, control: Control) -> None:
         """Stops to move."""
@@ -201,12 +228,15 @@ class ProgressDisplay(Callback):
     def _render(self) -> RenderableType:
         moment = self._moment
         if self._total is None:
-            return Text(self._row(moment), style="cyan")
+            return Text("\n".join([self._row(moment), *self._notices()]), style="cyan")
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(ratio=1)
         bar.add_column(justify="right", no_wrap=True)
         bar.add_row(ProgressBar(total=max(self._total, 1), completed=moment.step), self._remaining(moment, self._total))
-        return Group(Text(self._row(moment), style="cyan"), bar)
+        return Group(Text(self._row(moment), style="cyan"), bar, *(Text(n, style="yellow") for n in self._notices()))
+
+    def _notices(self) -> list[str]:
+        return [self._notice] if self._notice else []
 
     def _remaining(self, moment: Moment, total: int) -> str:
         shown = f"{moment.step:,} of {total:,} steps"
@@ -231,7 +261,3 @@ class ProgressDisplay(Callback):
 
     def _plain(self, moment: Moment) -> str:
         return _GAP.join(f"{column.name} {column.cell(moment)}" for column in self._columns)
-
-    def _say(self, line: str) -> None:
-        # Never wrapped: a line is a line, for whoever reads a log.
-        self._console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)

@@ -1,0 +1,159 @@
+"""``cloister train``: train a job's model through a node."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client_side.callbacks import Evaluation, TrainState
+from client_side.cutting import Cut
+from client_side.trainer import Trainer
+from cloister.assembly import cut_model, first_inputs, greet_node, make_loader, make_model, new_trainer, owner_of
+from cloister.exits import ExitCode
+from cloister.jobfile import to_json, to_toml
+from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, job_from
+from cloister.jobs import Job
+from cloister.output import Format, FormatOption, print_record
+from cloister.progress import ProgressDisplay
+from cloister.runs import MODEL_FILE, Interruption, RunFolder, remarks
+from cloister.weights import save_weights
+
+__all__ = ["TrainResult", "app"]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        epochs: finished ones.
+        steps: finished ones.
+        final_loss: the last epoch's mean; nothing where it is no number.
+        test_loss: over ``data.test``, where there is one.
+        test_accuracy: 0 to 1, where labels are classes.
+        seconds: from the session's opening to the trained middle's return.
+        samples_per_second: while training, from the second step on: the first opens the session.
+        bytes_up: of tensors, while training.
+        bytes_down: of tensors, while training, the trained middle included.
+        reconnects: how often the link came back.
+        model: the file.
+        model_sha256: of the file.
+        program_sha256: the middle's architecture.
+        interrupted: whether it was stopped before its end.
+    """
+
+    epochs: int
+    steps: int
+    final_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    seconds: float
+    samples_per_second: float | None
+    bytes_up: int
+    bytes_down: int
+    reconnects: int
+    model: Path
+    model_sha256: str
+    program_sha256: str
+    interrupted: bool
+
+
+@app.command()
+def train(
+    job_file: JobArgument,
+    *,
+    settings: SetOption = None,
+    node: NodeOption = None,
+    identity: IdentityOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; sets train.epochs.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; sets output.dir.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the run that the folder holds.")] = False,
+    print_job: Annotated[bool, typer.Option("--print-job", help="Print the job as it would run, and stop.")] = False,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Train a job's model through a node.
+
+    Writes into the run's folder: model.safetensors (the whole model under its own names), job.json, metrics.jsonl (a
+    line a step) and result.json. Variables such as CLOISTER_TRAIN__EPOCHS=3 set keys too; options win over them.
+
+    Ctrl-C finishes the step, saves what is trained and exits with 130; a second one stops at once.
+
+    Example: [bold]cloister train examples/digits.toml --node 'gpu:7700#sha256:…' --identity owner[/]
+    """
+    job = job_from(job_file, settings, node=node, identity=identity, epochs=epochs, out=out)
+    if print_job:
+        typer.echo(to_json(job) if fmt is Format.JSON else to_toml(job).rstrip())
+        return
+    with ProgressDisplay() as display, remarks(display), RunFolder(job, force=force) as folder:
+        result = _run(job, folder, display)
+    print_record(result, fmt)
+    if result.interrupted:
+        display.say(f"stopped after step {result.steps}: the model so far is in {result.model}")
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+def _run(job: Job, folder: RunFolder, display: ProgressDisplay) -> TrainResult:
+    owner = owner_of(job)
+    display.say(greet_node(job, owner))
+    model = make_model(job)
+    made = cut_model(job, model, first_inputs(job, "train"))
+    display.say(_shares(made))
+    loader = make_loader(job, "train")
+    with Interruption(display) as interruption:
+        callbacks = [folder, interruption, display]
+        with new_trainer(job, made, owner, callbacks) as trainer:
+            began = time.perf_counter()
+            trainer.fit(loader, job.train.epochs)
+            seconds, traffic = time.perf_counter() - began, trainer.traffic
+            interrupted = interruption.requested
+            file = folder.path / MODEL_FILE
+            digest = save_weights(made.reassemble(), file)
+            tested = None if interrupted else _test(job, trainer)
+        result = TrainResult(
+            epochs=_whole_epochs(trainer.state),
+            steps=trainer.state.global_step,
+            final_loss=_finite(trainer.state.log_history[-1]["loss"]),
+            test_loss=None if tested is None else _finite(tested.loss),
+            test_accuracy=None if tested is None or tested.accuracy is None else round(tested.accuracy, 6),
+            seconds=round(seconds, 3),
+            samples_per_second=None if (rate := folder.samples_per_second) is None else round(rate, 1),
+            bytes_up=traffic.up,
+            bytes_down=traffic.down,
+            reconnects=traffic.reconnects,
+            model=file,
+            model_sha256=digest,
+            program_sha256=made.program.digest.hex(),
+            interrupted=interrupted,
+        )
+        folder.finish(dataclasses.asdict(result))
+    return result
+
+
+def _test(job: Job, trainer: Trainer) -> Evaluation | None:
+    return None if job.data.test is None else trainer.evaluate(make_loader(job, "test"))
+
+
+def _whole_epochs(state: TrainState) -> int:
+    """The trainer counts an epoch that was broken off; where its length is known, this does not."""
+    return state.global_step // state.steps_per_epoch if state.steps_per_epoch else state.epoch
+
+
+def _finite(number: float) -> float | None:
+    return round(number, 6) if math.isfinite(number) else None
+
+
+def _shares(made: Cut) -> str:
+    """Who holds how much of the model."""
+    own = sum(p.numel() for p in made.owner_parameters())
+    given = sum(p.numel() for p in made.middle.parameters())
+    share = given / (own + given) if own + given else 0.0
+    shape = "vanilla: labels go to the node" if made.head is None else "U-shaped: labels stay here"
+    return f"model {own + given:,} parameters, {share:.0%} of them on the node ({shape})".replace("%", " %")

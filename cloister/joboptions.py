@@ -1,0 +1,50 @@
+"""The options that all commands on a job share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from cloister.jobfile import load_job
+from cloister.jobs import Job
+
+__all__ = ["IdentityOption", "JobArgument", "NodeOption", "SetOption", "WeightsOption", "job_from"]
+
+JobArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
+SetOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="TABLE.KEY=VALUE", help="Set any key of the job, again and again; wins over the file."
+    ),
+]
+NodeOption: TypeAlias = Annotated[
+    str | None, typer.Option(help="The node, as host:port#sha256:… (what `cloister node` prints); sets node.address.")
+]
+IdentityOption: TypeAlias = Annotated[
+    Path | None, typer.Option(help="The owner's identity folder; sets node.identity.")
+]
+WeightsOption: TypeAlias = Annotated[Path, typer.Option(help="The weights: a safetensors file, such as train wrote.")]
+
+
+def job_from(file: Path, settings: list[str] | None, **shorthands: object) -> Job:
+    """The job of ``file``, with ``--set`` over the environment over it, and the options that stand for a key over all.
+
+    Args:
+        file: TOML.
+        settings: what each ``--set`` says.
+        shorthands: by option (``node``, ``identity``, ``epochs``, ``out``); ``None`` where it was not given.
+
+    Raises:
+        ConfigError: see :func:`cloister.jobfile.load_job`.
+    """
+    keys = {"node": "node.address", "identity": "node.identity", "epochs": "train.epochs", "out": "output.dir"}
+    overrides = []
+    for setting in settings or []:
+        key, _, text = setting.partition("=")
+        overrides.append((f"--set {setting}", key, text))
+    for option, value in shorthands.items():
+        if value is not None:
+            overrides.append((f"--{option} {value}", keys[option], str(value)))
+    return load_job(file, overrides)
