@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
+
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -365,3 +365,334 @@ def test_a_cut_model_computes_what_the_model_does_to_the_bit(case: str) -> None:
     for rows in (ROWS, 3):
         model.zero_grad()
         assert_exact(model, made, *example(rows))
+
+
+def test_a_skip_of_the_smashed_tensor_is_exact_where_the_middle_reads_it_once() -> None:
+    class Once(Skips):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.stem(x)
+            out: Tensor = self.head(torch.relu(self.a(first))) + first.mean(1, keepdim=True)
+            return out
+
+    model = Once()
+    for module in (model.widen, model.b, model.c):
+        module.requires_grad_(False)
+
+    made = cut(model, front="stem", head="head", example=torch.randn(4, 5))
+
+    assert_exact(model, made, torch.randn(ROWS, 5))
+
+
+def test_front_and_head_hold_the_models_own_modules() -> None:
+    model = Skips()
+
+    made = cut(model, front="widen", head="head", example=torch.randn(4, 5))
+
+    assert made.front.get_submodule("stem") is model.stem
+    assert made.front.get_submodule("widen") is model.widen
+    assert made.head is not None
+    assert made.head.get_submodule("head") is model.head
+    own = [*model.stem.parameters(), *model.widen.parameters(), *model.head.parameters()]
+    assert [id(p) for p in made.owner_parameters()] == [id(p) for p in own]
+    assert sorted(made.middle_state()) == sorted(f"{m}.{t}" for m in "abc" for t in ("weight", "bias"))
+
+
+def test_only_what_the_middle_reads_goes_up() -> None:
+    made = cut(Skips(), front="widen", head="head", example=torch.randn(4, 5))
+
+    smashed, kept = made.split_outputs(made.front(torch.randn(ROWS, 5)))
+
+    assert [t.shape for t in smashed] == [(ROWS, 8), (ROWS, 8)]
+    assert [t.shape for t in kept] == [(ROWS, 8)]
+    assert len(made.program.inputs) == made.crossing == 2
+
+
+def test_reassembling_gives_the_model_with_its_names_and_its_output() -> None:
+    model = models.small_resnet()
+    names, x = list(model.state_dict()), models.small_resnet_example(ROWS)
+    expected = model.eval()(x)
+
+    whole = cut(model, front="layer1", head="fc", example=x).reassemble()
+
+    assert whole is model
+    assert list(whole.state_dict()) == names
+    assert torch.equal(whole(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_cutting_changes_nothing_of_the_model(training: bool) -> None:
+    model = models.small_resnet(dropout=0.5)
+    model.train(training)
+    model.get_submodule("layer2.0.bn1").train(not training)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = {name: (t, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    x, generator = models.small_resnet_example(4), torch.get_rng_state()
+
+    cut(model, front="layer1.0.bn1", head="layer4.0.conv2", example=x)
+
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert tensor is state[name][0]
+        assert torch.equal(tensor, state[name][1]), name
+        assert tensor.grad is None
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_constants_that_the_forward_makes_do_not_stay_on_the_model() -> None:
+    class Constant(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self[2](self[1](self[0](x)) + torch.arange(4.0))
+            return out
+
+    model = Constant(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    names = set(vars(model))
+
+    made = cut(model, front="0", head="2", example=torch.randn(4, 4))
+
+    assert set(vars(model)) == names
+    assert_exact(model, made, torch.randn(3, 4))
+
+
+# --- The three parts given by hand ------------------------------------------------------------------------------------
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, (last, _) = self.lstm(x)
+        return outputs * scale, last[0]
+
+
+class TwoOf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.scale = nn.Linear(3, 6), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.embed(x), self.scale(x)
+
+
+class JoinLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, outputs: Tensor, last: Tensor) -> Tensor:
+        out: Tensor = self.fc(outputs.mean(1) + last)
+        return out
+
+
+def test_parts_given_by_hand_compute_what_they_do_in_a_row() -> None:
+    x = torch.randn(4, 7, 3)
+
+    made = Cut(front=TwoOf(), middle=LastState(), head=JoinLast(), example=x)
+
+    whole = made.reassemble()
+    assert_exact_parts(whole, made, torch.randn(ROWS, 7, 3))
+    assert {name.partition(".")[0] for name in whole.state_dict()} == {"front", "middle", "head"}
+
+
+def test_parts_given_by_hand_can_be_vanilla() -> None:
+    made = Cut(front=nn.Linear(4, 4), middle=nn.BatchNorm1d(4), example=torch.randn(4, 4))
+
+    assert_exact_parts(made.reassemble(), made, torch.randn(ROWS, 4))
+
+
+def assert_exact_parts(whole: nn.Module, made: Cut, x: Tensor) -> None:
+    plain, node = copy.deepcopy(whole), Node(made)
+    expected = plain.train()(x)
+    loss_of(expected).backward()
+
+    assert torch.equal(split_step(made, node, (x,)), expected)
+    parts = {"front.": made.front.named_parameters(), "middle.": node.state.items()}
+    parts |= {} if made.head is None else {"head.": made.head.named_parameters()}
+    got = {prefix + name: tensor for prefix, named in parts.items() for name, tensor in named}
+    for name, tensor in plain.named_parameters():
+        gradient = got[name].grad
+        assert gradient is not None
+        assert tensor.grad is not None
+        assert torch.equal(gradient, tensor.grad)
+    for name, tensor in plain.named_buffers():
+        assert torch.equal(got[name], tensor)
+    with torch.no_grad():
+        smashed, _ = made.split_outputs(made.front.eval()(x))
+        out = node.run(made.program.eval, list(smashed))
+        assert torch.equal(out[0] if made.head is None else made.head(*out), plain.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        ({"middle": torch.tanh}, "middle is a builtin_function_or_method: give an nn.Module"),
+        ({"front": lambda x: x}, "front is a function: give an nn.Module"),
+        ({"head": len}, "head is a builtin_function_or_method: give an nn.Module"),
+        ({"front": nn.LSTM(4, 4)}, "parts of a cut exchange tensors or tuples of them, not Tensor, tuple"),
+        ({"front": nn.Flatten(0)}, "the tensor number 0 of the front's crosses the cut with shape \\(16,\\) for 4 rows"),
+        ({"example": torch.randn(1, 4)}, "at least 2 rows, as dimension 0 of every input; here are \\(1, 4\\)"),
+        ({"example": []}, "the example is one tensor, or one for each input of the model"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(parts: dict[str, object], complaint: str) -> None:
+    good: dict[str, object] = {"front": nn.Linear(4, 4), "middle": nn.Linear(4, 4), "example": torch.randn(4, 4)}
+
+    with pytest.raises(CutError, match=complaint):
+        Cut(**(good | parts))  # type: ignore[arg-type]  # that is the test
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Three layers around what a test puts between them."""
+
+    def __init__(self, between: Callable[[Chain, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.head, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Any:  # noqa: ANN401 -- what the test makes
+        return self.between(self, x, self.stem(x))
+
+
+PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
+
+
+@pytest.mark.parametrize(
+    ("model", "front", "head", "complaint"),
+    [
+        (PLAIN, "stam", "head", "no submodule 'stam'; there are stem"),
+        (PLAIN, "qqq", "head", "no submodule 'qqq'; there are stem, relu, body, head, unused"),
+        (PLAIN, "stem", "body.2", "no submodule 'body.2'; there are body.1, body.0"),
+        (PLAIN, "", "head", "no submodule ''"),
+        (PLAIN, "unused", "head", "'unused' is never called"),
+        (PLAIN, "head", "stem", "'stem' runs before 'head'"),
+        (PLAIN, "stem", "stem", "'stem' runs before 'stem'"),
+        (PLAIN, "body", "head", "nothing runs between 'body' and 'head'"),
+        (PLAIN, "head", None, "nothing runs between 'head' and 'the end'"),
+        (PLAIN, "body.0", "body", "front 'body.0' and head 'body': one stands inside the other"),
+        (
+            Chain(lambda m, x, h: m.head(m.body(h) + x)),
+            "stem",
+            "head",
+            "the middle reads the input 'x' itself \\(at 'add'\\): your raw data would leave",
+        ),
+        (
+            Chain(lambda m, x, _: (lambda v: m.head(m.body(m.stem(v) + v)))(x.view(-1, 4))),
+            "stem",
+            "head",
+            "the tensor 'view' that crosses the cut is an input itself, at most reshaped: your raw data would leave",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h) @ m.weight) @ m.weight),
+            "stem",
+            "head",
+            "'weight' on your side is also 'weight' of the middle",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body[0](h) @ m.stem.weight)),
+            "stem",
+            "head",
+            "'stem.weight' on your side is also 'stem.weight' of the middle",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h.transpose(0, 1).transpose(0, 1)))),
+            "stem",
+            "head",
+            None,
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body[1](m.body[0](h).sum(0)))),
+            "body.0",
+            "head",
+            None,
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body[1](m.body[0](h.sum(0))))),
+            "body.0",
+            "head",
+            "the tensor 'body_0' crosses the cut with shape \\(4,\\) for 6 rows",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(m.relu(h))) + h),
+            "stem",
+            "head",
+            "the middle changes the tensor 'stem' in place",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body[1](m.relu(m.body[0](h)))) + h),
+            "stem",
+            "head",
+            None,
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h) if h.sum() > 0 else h)),
+            "stem",
+            "head",
+            "torch.fx cannot follow this model's forward .* cloister.Cut\\(front=…, middle=…, head=…\\)",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h) if m.training else m.body[0](h))),
+            "stem",
+            "head",
+            "differs in training \\(at 'body'\\)|another way in training",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(F.dropout(h, 0.5 if m.training else 0.0)))),
+            "stem",
+            "head",
+            "differs in training \\(at 'dropout'\\)",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h + torch.randn(4)))),
+            "stem",
+            "head",
+            "draws or makes another constant in each run",
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h * (h.shape[0] - 1)))),
+            "stem",
+            "head",
+            None,
+        ),
+        (
+            Chain(lambda m, _, h: m.head(m.body(h) * h.shape[0] ** 2)),
+            "stem",
+            "head",
+            "computes sizes with <built-in function pow>, which cannot travel; keep it on your side",
+        ),
+        (
+            Chain(lambda m, _, h: (lambda n: m.head(m.body[1](m.body[0](h)) * n))(h.shape[0] ** 2)),
+            "body.0",
+            "head",
+            "the size 'pow_1' is 36 for 6 rows and 49 for 7: only sizes that are fixed or a multiple of the batch size",
+        ),
+        (
+            Chain(lambda m, _, h: (lambda n: m.head(m.body[1](m.body[0](h)) * n))(h.shape[0] * 3)),
+            "body.0",
+            "head",
+            None,
+        ),
+        (Chain(lambda m, _, h: {"out": m.head(m.body(h))}), "stem", None, "must return the model's output, one tensor"),
+        (Chain(lambda m, _, h: (m.head(m.body(h)), h)), "stem", None, "must return the model's output, one tensor"),
+        (Chain(lambda m, _, h: (m.body(h), h)[1]), "stem", None, "must return the model's output, one tensor"),
+        (Chain(lambda m, _, h: m.head(m.body[0](h)) + m.body[1](h)), "stem", "unused", "'unused' is never called"),
+    ],
+)
+def test_a_cut_that_cannot_be_is_refused_with_what_to_do(
+    model: nn.Module, front: str, head: str | None, complaint: str | None
+) -> None:
+    x = torch.randn(6, 4)
+    if complaint is None:  # its neighbour that can be
+        assert_exact(model, cut(model, front=front, head=head, example=x), torch.randn(3, 4))
+        return
+
+    with pytest.raises(CutError, match=complaint):
+        cut(model, front=front, head=head, example=x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -82,7 +83,10 @@ def _export(module: nn.Module, example: Sequence[torch.Tensor], which: str) -> E
         raise CutError("the example needs at least 2 rows in dimension 0 of every tensor that crosses the cut")
     try:
         shapes = _batched(module, example)
-        return torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
+        with warnings.catch_warnings():
+            # What RNN modules keep of their own parameters, for cuDNN alone.
+            warnings.filterwarnings("ignore", r"The tensor attributes? .*_flat_weights", UserWarning)
+            return torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # export raises dozens of types, its own and every operator's
         raise CutError(
             f"torch.export cannot capture the middle in {which} mode: {_first_lines(error)}\n"

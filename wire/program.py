@@ -337,7 +337,9 @@ def _fits(value: Argument, spelling: str, kinds: list[ValueKind]) -> bool:  # no
         # ATen takes one integer for a list of equal ones.
         return inner in ("int", "SymInt") and _fits(value, inner, kinds)
     if isinstance(value, Ref):
-        wanted = {"Tensor": "tensor", "tensors": "tensors", "SymInt": "size", "int": "size", "number": "size"}
+        if spelling == "Tensor":  # a size stands for a tensor of no dimensions, as any number does
+            return kinds[value.index] in ("tensor", "size")
+        wanted = {"tensors": "tensors", "SymInt": "size", "int": "size", "number": "size"}
         return wanted.get(spelling) == kinds[value.index]
     match spelling:
         case "SymInt" | "int":
