@@ -18,8 +18,7 @@ from cloister import digits, quickstart
 from cloister.exits import ExitCode
 from cloister.output import Format, FormatOption, print_record, progress_console
 from cloister.progress import ProgressDisplay
-from wire.files import write_private
-from wire.state import dump_state, sha256
+from cloister.weights import save_weights
 
 __all__ = ["app"]
 
@@ -68,8 +67,7 @@ def demo(
     console.print("[bold]3[/] training the same model unsplit, to compare")
     trained = {name: tensor.clone() for name, tensor in cut.reassemble().state_dict().items()}
     different = [name for name, tensor in _unsplit().items() if not torch.equal(tensor, trained[name])]
-    data = dump_state(trained)
-    write_private(out, data)
+    digest = save_weights(cut.reassemble(), out)
     traffic = display.traffic
     print_record(
         _Proven(
@@ -81,7 +79,7 @@ def demo(
             tensors_compared=len(trained),
             equal_to_the_bit=not different,
             model=out,
-            model_sha256=sha256(data).hex(),
+            model_sha256=digest,
         ),
         fmt,
     )
