@@ -82,6 +82,6 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 def _tensor(array: np.ndarray, file: Path) -> torch.Tensor:
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     try:
-        return torch.from_numpy(np.ascontiguousarray(native))
+        return torch.from_numpy(native if native.flags.c_contiguous else native.copy())
     except TypeError as error:
         raise ConfigError(f"{file} holds {array.dtype}: a model takes numbers such as float32 or int64") from error

@@ -259,15 +259,15 @@ def _join(complaints: list[str]) -> str:
 
 
 def _table_lines(path: _Path, table: Mapping[str, Any]) -> Iterator[str]:
-    plain = {key: value for key, value in table.items() if value is not None and not isinstance(value, dict)}
-    if path and (plain or not table):
-        yield f"[{'.'.join(map(_key, path))}]"
-    yield from (f"{_key(key)} = {_value(value)}" for key, value in plain.items())
+    inner = {key: value for key, value in table.items() if isinstance(value, dict) and value}
+    plain = {key: value for key, value in table.items() if value is not None and key not in inner}
     if plain:
+        if path:
+            yield f"[{'.'.join(map(_key, path))}]"
+        yield from (f"{_key(key)} = {_value(value)}" for key, value in plain.items())
         yield ""
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _table_lines((*path, key), value)
+    for key, value in inner.items():
+        yield from _table_lines((*path, key), value)
 
 
 def _key(key: str) -> str:
