@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2
 
@@ -35,7 +34,7 @@ def node_handler(service: NodeService) -> grpc.GenericRpcHandler:
         handlers[method.name] = bind(
             getattr(service, method.name),
             request_deserializer=parser(GetMessageClass(method.input_type)),
-            response_serializer=Message.SerializeToString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
     return grpc.method_handlers_generic_handler(_NODE.full_name, handlers)
 
@@ -61,6 +60,6 @@ def health_handler(servicer: health.HealthServicer, callers: Callers) -> grpc.Ge
     handler = grpc.stream_unary_rpc_method_handler(
         check,
         request_deserializer=parser(health_pb2.HealthCheckRequest),
-        response_serializer=Message.SerializeToString,
+        response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(_HEALTH.full_name, {"Check": handler})

@@ -88,6 +88,9 @@ def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
         ("grpc.server_handshake_timeout_ms", _ms(HANDSHAKE_TIMEOUT_S)),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.so_reuseport", 0),  # a second node on the same port is an error, not a silent sharing
+        # Nothing compressed is taken: gRPC would inflate 1 MB to 1 GB before it looks at the size (THREATS T02).
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.per_message_decompression", 0),
     ]
 
 
