@@ -11,7 +11,8 @@ or one more.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -47,6 +48,7 @@ class _Flying:
     kept_leaves: Batch
     labels: torch.Tensor
     weight: float
+    tied_gradients: list[torch.Tensor | None]
 
 
 def rows_of(batch: int, count: int) -> list[int]:
@@ -86,6 +88,8 @@ class StepRunner:
         self._cut, self._link, self._loss, self._optimizers = cut, link, loss, optimizers
         self._seed, self._in_flight, self._device = seed, in_flight, device
         self._flying: deque[_Flying] = deque()
+        head = set() if cut.head is None else set(cut.head.parameters())
+        self._tied = [p for p in cut.front.parameters() if p in head and p.requires_grad]
         self.node_s = 0.0
 
     def run(self, step: int, batch: list[MicroBatch]) -> float:
@@ -129,7 +133,9 @@ class StepRunner:
             update=vanilla and last,
         )
         leaves = tuple(k.detach().requires_grad_(k.requires_grad) for k in kept)
-        self._flying.append(_Flying(number, smashed, kept, leaves, labels.to(self._device), micro_batch.weight))
+        nothing: list[torch.Tensor | None] = [None] * len(self._tied)
+        flying = _Flying(number, smashed, kept, leaves, labels.to(self._device), micro_batch.weight, nothing)
+        self._flying.append(flying)
 
     def _head(self, step: int, answer: Answer, *, last: bool) -> float:
         flying = next(f for f in self._flying if f.number == answer.micro_batch)
@@ -138,9 +144,12 @@ class StepRunner:
             output.requires_grad_(output.is_floating_point())
         if self._cut.head is None:
             raise MessageRejectedError("the node answered a forward that was never sent")
+        # Copies, because a head may begin with an operator in place, which autograd refuses on leaves.
+        received = [t.clone() if t.requires_grad else t for t in (*outputs, *flying.kept_leaves)]
         with stream(self._seed, "head", step, flying.number):
-            loss = self._loss(self._cut.head(*outputs, *flying.kept_leaves), flying.labels)
-        (loss * flying.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            loss = self._loss(self._cut.head(*received), flying.labels)
+        with self._tied_apart(flying):
+            (loss * flying.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
         self._link.send(
             step=step,
             micro_batch=flying.number,
@@ -167,5 +176,25 @@ class StepRunner:
         stayed = zip(flying.kept, flying.kept_leaves, strict=True)
         pairs += [(tensor, leaf.grad) for tensor, leaf in stayed if leaf.grad is not None]
         pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+        gathered = [p.grad for p in self._tied]
+        for parameter, from_head in zip(self._tied, flying.tied_gradients, strict=True):
+            parameter.grad = from_head
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        for parameter, before in zip(self._tied, gathered, strict=True):
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    @contextmanager
+    def _tied_apart(self, flying: _Flying) -> Iterator[None]:
+        """Keeps the head's gradients of parameters that are also the front's until the front's own are there.
+
+        Without a cut, one backward adds the two up before they join those of earlier micro-batches.
+        """
+        gathered = [p.grad for p in self._tied]
+        for parameter in self._tied:
+            parameter.grad = None
+        yield
+        flying.tied_gradients = [p.grad for p in self._tied]
+        for parameter, before in zip(self._tied, gathered, strict=True):
+            parameter.grad = before

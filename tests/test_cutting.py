@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -12,16 +11,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- as torch's own documentation calls it
 from torch import Tensor, nn
 
-from client_side.cutting import Cut, cut, trace
+from client_side.cutting import Cut, cut
 from client_side.spawn import LocalNode
-from client_side.steps import micro_batches
 from client_side.trainer import Trainer
 from client_side.unsplit import UnsplitTrainer
 from examples import models
 from wire.errors import CutError, StateRejectedError
 from wire.interpreter import Runner
 from wire.program import Graph
-from wire.recipe import SGD, AdamW, Loss
+from wire.recipe import SGD, Loss
 
 ROWS: Final = 6
 
@@ -57,9 +55,16 @@ def leaves_of(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     return [t.detach().clone().requires_grad_(t.is_floating_point() and t.requires_grad) for t in tensors]
 
 
-def loss_of(output: Tensor) -> Tensor:
-    """Every element with a weight of its own, so that no two can be mixed up."""
-    return (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum()
+def learn_from(output: Tensor) -> None:
+    """A backward whose every element has a weight of its own, so that no two can be mixed up."""
+    output.backward(torch.linspace(-1, 1, output.numel()).reshape(output.shape))  # type: ignore[no-untyped-call]  # torch's
+
+
+def same_gradient(one: Tensor, other: Tensor) -> bool:
+    """Whether neither has one, or both have the same."""
+    if one.grad is None or other.grad is None:
+        return one.grad is other.grad
+    return torch.equal(one.grad, other.grad)
 
 
 def split_step(cut: Cut, node: Node, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -71,7 +76,7 @@ def split_step(cut: Cut, node: Node, inputs: tuple[Tensor, ...]) -> Tensor:
     made = node.run(cut.program.train, up)
     down = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in made]
     output: Tensor = made[0] if cut.head is None else cut.head(*(t.clone() for t in down), *stayed)
-    loss_of(output).backward()
+    learn_from(output)
     if cut.head is not None:
         backward(made, down)
     backward([*smashed, *kept], [*up, *stayed])
@@ -97,20 +102,18 @@ def assert_exact(model: nn.Module, made: Cut, *inputs: Tensor) -> None:
 
     torch.manual_seed(7)
     expected = plain(*twins)
-    loss_of(expected).backward()
+    learn_from(expected)
     torch.manual_seed(7)
     output = split_step(made, node, inputs)
 
     assert torch.equal(output, expected)
     for mine, twin in zip(inputs, twins, strict=True):
-        assert (mine.grad is None) == (twin.grad is None)
-        assert mine.grad is None or torch.equal(mine.grad, twin.grad)
+        assert same_gradient(mine, twin)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, tensor in [*plain.named_parameters(remove_duplicate=False), *plain.named_buffers()]:
         held = node.state.get(made.captured.aliases.get(name, name), own[name])
         assert torch.equal(held, tensor), name
-        assert (held.grad is None) == (tensor.grad is None), name
-        assert held.grad is None or torch.equal(held.grad, tensor.grad), name
+        assert same_gradient(held, tensor), name
 
     for part in (plain, made.front, made.head):
         if part is not None:
@@ -420,7 +423,7 @@ def test_reassembling_gives_the_model_with_its_names_and_its_output() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_cutting_changes_nothing_of_the_model(training: bool) -> None:
+def test_cutting_changes_nothing_of_the_model(*, training: bool) -> None:
     model = models.small_resnet(dropout=0.5)
     model.train(training)
     model.get_submodule("layer2.0.bn1").train(not training)
@@ -506,19 +509,17 @@ def test_parts_given_by_hand_can_be_vanilla() -> None:
 def assert_exact_parts(whole: nn.Module, made: Cut, x: Tensor) -> None:
     plain, node = copy.deepcopy(whole), Node(made)
     expected = plain.train()(x)
-    loss_of(expected).backward()
+    learn_from(expected)
 
     assert torch.equal(split_step(made, node, (x,)), expected)
     parts = {"front.": made.front.named_parameters(), "middle.": node.state.items()}
     parts |= {} if made.head is None else {"head.": made.head.named_parameters()}
     got = {prefix + name: tensor for prefix, named in parts.items() for name, tensor in named}
     for name, tensor in plain.named_parameters():
-        gradient = got[name].grad
-        assert gradient is not None
         assert tensor.grad is not None
-        assert torch.equal(gradient, tensor.grad)
-    for name, tensor in plain.named_buffers():
-        assert torch.equal(got[name], tensor)
+        assert same_gradient(got[name], tensor)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(got[name], buffer)
     with torch.no_grad():
         smashed, _ = made.split_outputs(made.front.eval()(x))
         out = node.run(made.program.eval, list(smashed))
@@ -532,7 +533,10 @@ def assert_exact_parts(whole: nn.Module, made: Cut, x: Tensor) -> None:
         ({"front": lambda x: x}, "front is a function: give an nn.Module"),
         ({"head": len}, "head is a builtin_function_or_method: give an nn.Module"),
         ({"front": nn.LSTM(4, 4)}, "parts of a cut exchange tensors or tuples of them, not Tensor, tuple"),
-        ({"front": nn.Flatten(0)}, "the tensor number 0 of the front's crosses the cut with shape \\(16,\\) for 4 rows"),
+        (
+            {"front": nn.Flatten(0)},
+            "the tensor number 0 of the front's crosses the cut with shape \\(16,\\) for 4 rows",
+        ),
         ({"example": torch.randn(1, 4)}, "at least 2 rows, as dimension 0 of every input; here are \\(1, 4\\)"),
         ({"example": []}, "the example is one tensor, or one for each input of the model"),
     ],
@@ -562,6 +566,19 @@ class Chain(nn.Module):
         return self.between(self, x, self.stem(x))
 
 
+def reshaped_input(m: Chain, x: Tensor, _: Tensor) -> Any:  # noqa: ANN401 -- as forward
+    flat = x.view(-1, 4)
+    return m.head(m.body(m.stem(flat) + flat))
+
+
+def scaled_by(size: Callable[[int], int]) -> Callable[[Chain, Tensor, Tensor], Any]:
+    def between(m: Chain, _: Tensor, h: Tensor) -> Any:  # noqa: ANN401 -- as forward
+        factor = size(h.shape[0])
+        return m.head(m.body[1](m.body[0](h)) * factor)
+
+    return between
+
+
 PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
 
 
@@ -585,7 +602,7 @@ PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
             "the middle reads the input 'x' itself \\(at 'add'\\): your raw data would leave",
         ),
         (
-            Chain(lambda m, x, _: (lambda v: m.head(m.body(m.stem(v) + v)))(x.view(-1, 4))),
+            Chain(reshaped_input),
             "stem",
             "head",
             "the tensor 'view' that crosses the cut is an input itself, at most reshaped: your raw data would leave",
@@ -669,13 +686,13 @@ PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
             "computes sizes with <built-in function pow>, which cannot travel; keep it on your side",
         ),
         (
-            Chain(lambda m, _, h: (lambda n: m.head(m.body[1](m.body[0](h)) * n))(h.shape[0] ** 2)),
+            Chain(scaled_by(lambda rows: rows**2)),
             "body.0",
             "head",
             "the size 'pow_1' is 36 for 6 rows and 49 for 7: only sizes that are fixed or a multiple of the batch size",
         ),
         (
-            Chain(lambda m, _, h: (lambda n: m.head(m.body[1](m.body[0](h)) * n))(h.shape[0] * 3)),
+            Chain(scaled_by(lambda rows: rows * 3)),
             "body.0",
             "head",
             None,
@@ -696,3 +713,185 @@ def test_a_cut_that_cannot_be_is_refused_with_what_to_do(
 
     with pytest.raises(CutError, match=complaint):
         cut(model, front=front, head=head, example=x)
+
+
+# --- Through a real node ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
+    with LocalNode(tmp_path_factory.mktemp("node"), threads=1) as running:
+        yield running
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as the node has: sums depend on them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class InPlaceHead(nn.Module):
+    """What comes down, and what stayed, is changed in place by the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(5, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head, self.skip = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 3)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.skip(x)
+        out: Tensor = self.head(self.body(self.stem(x)))
+        return out.add(kept.relu_())
+
+
+TRAINED: Final[dict[str, tuple[Callable[[], nn.Module], str, str | None]]] = {
+    "skips and several tensors": (Skips, "widen", "head"),
+    "vanilla with several tensors": (Skips, "widen", None),
+    "a head in place": (InPlaceHead, "stem", "head"),
+}
+
+
+def plainly_trained(
+    model: nn.Module, batches: list[tuple[Tensor, Tensor]], epochs: int, count: int
+) -> dict[str, Tensor]:
+    """The model after a loop as anybody writes it: nothing of Cloister in it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    model.train()
+    for _ in range(epochs):
+        for x, labels in batches:
+            optimizer.zero_grad()
+            for part, target in zip(x.chunk(count), labels.chunk(count), strict=True):
+                loss = F.cross_entropy(model(part), target) * (len(part) / len(x))
+                loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            optimizer.step()
+    return dict(model.state_dict())
+
+
+def trained_by_cloister(
+    node: LocalNode, made: Cut, batches: list[tuple[Tensor, Tensor]], epochs: int, *, count: int, in_flight: int
+) -> dict[str, Tensor]:
+    optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=1e-3)
+    with Trainer(
+        made,
+        node=node.address,
+        identity=node.owner,
+        optimizer=optimizer,
+        micro_batches=count,
+        in_flight=in_flight,
+    ) as trainer:
+        trainer.fit(batches, epochs)
+    return dict(made.reassemble().state_dict())
+
+
+def trained_unsplit(made: Cut, batches: list[tuple[Tensor, Tensor]], epochs: int, count: int) -> dict[str, Tensor]:
+    optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=1e-3)
+    UnsplitTrainer(made, optimizer=optimizer, loss=Loss("cross_entropy"), micro_batches=count).fit(batches, epochs)
+    return dict(made.reassemble().state_dict())
+
+
+def assert_same(states: dict[str, dict[str, Tensor]]) -> None:
+    reference = next(iter(states.values()))
+    for name, state in states.items():
+        assert state.keys() == reference.keys()
+        for key in reference:
+            assert torch.equal(state[key], reference[key]), (name, key)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", list(TRAINED))
+@pytest.mark.parametrize(("count", "in_flight"), [(1, 1), (3, 2)])
+def test_training_through_a_node_equals_a_plain_loop_over_the_uncut_model(
+    node: LocalNode, case: str, count: int, in_flight: int
+) -> None:
+    factory, front, head = TRAINED[case]
+    model = factory()
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    batches = [(torch.randn(12, 5), torch.randint(0, 3, (12,))) for _ in range(4)]
+    cuts = [cut(m, front=front, head=head, example=batches[0][0]) for m in (model, twins[0])]
+
+    states = {
+        "plain": plainly_trained(twins[1], batches, 3, count),
+        "unsplit": trained_unsplit(cuts[1], batches, 3, count),
+        "split": trained_by_cloister(node, cuts[0], batches, 3, count=count, in_flight=in_flight),
+    }
+
+    assert_same(states)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("in_flight", [1, 2, 4])
+def test_weights_tied_between_front_and_head_are_trained_as_in_a_plain_loop(node: LocalNode, in_flight: int) -> None:
+    model = Tied()
+    plain = copy.deepcopy(model)
+    batches = [(torch.randint(0, 11, (8, 4)), torch.randint(0, 11, (8,))) for _ in range(4)]
+    made = cut(model, front="embed", head="out", example=batches[0][0])
+
+    split = trained_by_cloister(node, made, batches, 2, count=4, in_flight=in_flight)
+
+    assert model.out.weight is model.embed.weight
+    assert_same({"plain": plainly_trained(plain, batches, 2, 4), "split": split})
+
+
+# --- Bringing the middle home -----------------------------------------------------------------------------------------
+
+
+def test_a_middle_that_comes_home_is_written_into_the_model() -> None:
+    model = Skips()
+    made = cut(model, front="widen", head="head", example=torch.randn(4, 5))
+    parameter = model.a.weight
+
+    made.load_middle({name: torch.full_like(tensor, 0.25) for name, tensor in made.middle_state().items()})
+
+    assert made.reassemble().get_submodule("a").weight is parameter
+    assert parameter.requires_grad
+    assert parameter.eq(0.25).all()
+    assert model.c.bias.eq(0.25).all()
+    assert not model.widen.weight.eq(0.25).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("a.weight"), "the node's state and the middle differ in 'a.weight'"),
+        (lambda t: t.update({"head.weight": t["a.weight"]}), "the node's state and the middle differ in 'head.weight'"),
+        (lambda t: t.update({"a.bias": torch.zeros(9)}), "the node's 'a.bias' is torch.float32 \\(9,\\)"),
+        (lambda t: t.update({"a.bias": t["a.bias"].double()}), "the node's 'a.bias' is torch.float64 \\(8,\\)"),
+    ],
+)
+def test_T17_a_middle_that_is_not_the_same_is_refused_whole(
+    change: Callable[[dict[str, Tensor]], object], complaint: str
+) -> None:
+    model = Skips()
+    made = cut(model, front="widen", head="head", example=torch.randn(4, 5))
+    before = copy.deepcopy(model.state_dict())
+    tensors = {name: torch.full_like(tensor, 0.25) for name, tensor in made.middle_state().items()}
+    change(tensors)
+
+    with pytest.raises(StateRejectedError, match=complaint):
+        made.load_middle(tensors)
+
+    assert_same({"before": before, "after": dict(model.state_dict())})
+
+
+# --- Sizes that another part has built in -----------------------------------------------------------------------------
+
+
+def test_a_size_that_differs_from_the_one_that_was_cut_for_is_refused() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(4))
+            self.body, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.head(self.body(self.stem(x))), size=x.shape[-2:])
+
+    model = Pooled()
+    made = cut(model, front="stem", head="head", example=torch.randn(4, 1, 8, 8))
+    assert_exact(model, made, torch.randn(3, 1, 8, 8))
+
+    with pytest.raises(CutError, match="is 16, but 8 when the model was cut: cut it for each such size"):
+        made.front(torch.randn(4, 1, 16, 16))
