@@ -215,7 +215,7 @@ class _Builder:
         self._copy(graph, division.of(Part.FRONT), copies)
         outputs = [_taken_out(graph, copies[leaf.node], leaf.path) for leaf in (*up, *kept)]
         self._hold_sizes(graph, copies, outputs[0])
-        graph.output(tuple(outputs))
+        graph.output(_bare(outputs))
         return fx.GraphModule(division.traced, graph)
 
     def part(
@@ -242,7 +242,7 @@ class _Builder:
             self._copy_reads(graph, _nodes_in(division.result), copies)
             graph.output(fx.map_arg(division.result, lambda n: copies[n]))
         else:
-            graph.output(tuple(_taken_out(graph, copies[leaf.node], leaf.path) for leaf in results))
+            graph.output(_bare([_taken_out(graph, copies[leaf.node], leaf.path) for leaf in results]))
         return fx.GraphModule(division.traced, graph)
 
     def _outline(self, node: fx.Node) -> Any:  # noqa: ANN401 -- as the function's
@@ -309,3 +309,8 @@ def _sizes(outline: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], i
         items = outline.items() if isinstance(outline, dict) else enumerate(outline)
         return [found for key, item in items for found in _sizes(item, (*path, key))]
     return []
+
+
+def _bare(outputs: list[fx.Node]) -> fx.Node | tuple[fx.Node, ...]:
+    """One tensor is a tensor, so that the parts can be called one after the other by hand."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -77,7 +77,7 @@ class Losses(cloister.Callback):
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def on_step_end(self, state: cloister.TrainState, control: cloister.Control, end: cloister.StepEnd) -> None:
+    def on_step_end(self, state: cloister.TrainState, control: cloister.Control, end: cloister.StepEnd) -> None:  # noqa: ARG002
         self.seen.append(end.loss)
 
 
@@ -206,7 +206,7 @@ def test_T14_a_link_that_breaks_again_and_again_changes_no_number(node: cloister
     with Relay(node.port, 0.0, float("inf")) as relay:
 
         class Saboteur(cloister.Callback):
-            def on_step_begin(self, state: cloister.TrainState, control: cloister.Control) -> None:
+            def on_step_begin(self, state: cloister.TrainState, control: cloister.Control) -> None:  # noqa: ARG002
                 if state.global_step in (1, 3, 5, 6):
                     # Somewhere inside the next frames: in a header, in the middle of a tensor, before an answer.
                     relay.cut_after((0, 777, 0, 20_000, 0, 4_096, 65_000)[state.global_step])
