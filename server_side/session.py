@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2
-from wire.codec import FRAME_DTYPES, check_finite, decode, encode, owned, payload_bytes
+from wire.codec import check_finite, decode, encode, owned, payload_bytes
 from wire.errors import (
     ComputeError,
     LimitExceededError,
     MessageRejectedError,
+    ProgramRejectedError,
     SessionLostError,
     StateRejectedError,
     StepOutOfOrderError,
@@ -323,10 +324,8 @@ class Session:
             raise
 
     def _check_outputs(self, outputs: list[torch.Tensor]) -> None:
-        """Refuses what could not travel back."""
+        """Refuses what could not travel back; dtypes were checked when the size of the micro-batch was."""
         for output in outputs:
-            if output.dtype not in FRAME_DTYPES:
-                raise ComputeError(f"the middle returns {output.dtype}, which frames do not carry; cast it")
             if output.nbytes > self._plan.tensor_bytes:
                 raise LimitExceededError(
                     f"the middle returns {output.nbytes} bytes in one tensor; the limit is {self._plan.tensor_bytes}",
@@ -349,7 +348,10 @@ class Session:
         (count,) = rows
         if count > self._plan.max_rows:
             raise LimitExceededError(f"a micro-batch of {count} rows; the session allows {self._plan.max_rows}")
-        self._admit(training, count)
+        try:
+            self._admit(training, count)
+        except ProgramRejectedError as error:  # the program was taken for its largest batch; it is this one's size
+            raise ComputeError(f"an operator refuses a micro-batch of {count} rows; send more rows") from error
         if training:
             for tensor in inputs:
                 tensor.requires_grad_(tensor.is_floating_point())

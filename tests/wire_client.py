@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import queue
 import secrets
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +15,19 @@ import grpc
 import torch
 from torch import nn
 
-from protos import node_pb2, node_pb2_grpc, tensor_pb2
+from protos import node_pb2, node_pb2_grpc
+from server_side.session import Session, SessionPlan
 from wire.capture import capture
 from wire.certificates import alternative_names, fingerprint_of, new_certificate
 from wire.channels import channel_options, connect
 from wire.codec import encode
 from wire.errors import WireError, error_from_rpc
 from wire.identity import Identity
+from wire.program import decode_program
 from wire.recipe import SGD, Loss, Optimizer
 from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, chunks, dump_state, gather, load_state, sha256
 
-__all__ = ["Job", "Pipe", "WireClient", "frame", "new_owner", "reason_of"]
+__all__ = ["Good", "Job", "Pipe", "WireClient", "frame", "new_owner", "plan_of_job", "reason_of"]
 
 CALL_S: Final = 30.0
 
@@ -36,7 +35,6 @@ CALL_S: Final = 30.0
 def new_owner(name: str = "stranger", *, days: int = 30) -> Identity:
     """An owner's identity less its keystore, which takes seconds to make."""
     pem, key = new_certificate(f"cloister {name}", alternative_names(()), days=days)
-    assert dt.timedelta(days=days)
     return Identity("owner", "0x" + "0" * 40, pem, key, fingerprint_of(pem), Path("/nonexistent"))
 
 
@@ -144,6 +142,24 @@ class _Tupled(nn.Module):
         return tuple(made) if isinstance(made, (tuple, list)) else (made,)
 
 
+def plan_of_job(job: Job, *, tensor_bytes: int = 2**20, activation_bytes: int = 2**24) -> SessionPlan:
+    """The job as a session takes it, without a node."""
+    vanilla = job.loss is not None
+    return SessionPlan(
+        session_id=b"s" * 16,
+        topology=node_pb2.TOPOLOGY_VANILLA if vanilla else node_pb2.TOPOLOGY_U_SHAPE,  # type: ignore[arg-type]  # an enum constant
+        loss=job.loss,
+        optimizer=job.optimizer,
+        seed=job.seed,
+        max_rows=job.max_rows,
+        max_in_flight=job.max_in_flight,
+        first_step=job.first_step,
+        want_input_gradients=job.want_input_gradients,
+        activation_bytes_per_micro_batch=activation_bytes,
+        tensor_bytes=tensor_bytes,
+    )
+
+
 class Pipe:
     """One open stream of requests: whatever is put into it is sent, answers are read when asked for."""
 
@@ -247,3 +263,66 @@ def _custom(target: str, identity: Identity, pin: str, options: Sequence[tuple[s
     credentials = grpc.ssl_channel_credentials(roots, identity.private_key_pem, identity.certificate_pem)
     base = {**dict(channel_options()), "grpc.ssl_target_name_override": NODE_NAME, **dict(options)}
     return grpc.secure_channel(target, credentials, options=list(base.items()))
+
+
+class Good:
+    """An owner who trains as one should, step by step, beside a twin that nobody can disturb.
+
+    ``step`` compares every answer with the twin's to the bit; ``check`` compares all that is left on the node.
+    """
+
+    def __init__(self, client: WireClient, job: Job) -> None:
+        self.client, self.job = client, job
+        self.session = client.open(job)
+        plan, tensors = plan_of_job(job, tensor_bytes=2**26, activation_bytes=2**30), load_state(job.state_bytes())
+        self._twin = Session(plan, decode_program(job.program), tensors, torch.device("cpu"))
+        self._rows, self._shapes = min(4, job.max_rows), [i.shape for i in self._twin._program.inputs]
+
+    @property
+    def at(self) -> int:
+        """The step that comes next."""
+        return self._twin.next_step
+
+    def frames(self, step: int) -> list[node_pb2.Frame]:
+        """Two micro-batches, both in flight."""
+        generator = torch.Generator().manual_seed(step)
+        x = [torch.randn(self._rows, *shape, generator=generator) for shape in self._shapes]
+        y = self._twin.infer(node_pb2.Batch(tensors=[encode(each) for each in x])).tensors
+        g = [torch.randn(tuple(each.shape), generator=generator) for each in y]
+        forward, backward = node_pb2.PHASE_FORWARD, node_pb2.PHASE_BACKWARD
+        return [
+            frame(step, 0, forward, *x),
+            frame(step, 1, forward, *x),
+            frame(step, 0, backward, *g),
+            frame(step, 1, backward, *g, update=True),
+        ]
+
+    def step(self, count: int = 1) -> None:
+        """Whole steps, over a stream of their own."""
+        with self.client.train(self.session) as pipe:
+            for _ in range(count):
+                for each in self.frames(self.at):
+                    self._compare(pipe, each)
+
+    def begin(self) -> None:
+        """The first half of a step; ``finish`` is the other."""
+        with self.client.train(self.session) as pipe:
+            for each in self.frames(self.at)[:3]:
+                self._compare(pipe, each)
+
+    def finish(self) -> None:
+        with self.client.train(self.session) as pipe:
+            self._compare(pipe, self.frames(self.at)[3])
+
+    def check(self) -> None:
+        """The node's state is the twin's, the optimizer's included."""
+        step, tensors = self.client.snapshot(self.session)
+        wanted_step, wanted = self._twin.snapshot(with_optimizer=True)
+        assert (step, sorted(tensors)) == (wanted_step, sorted(wanted))
+        for name, tensor in wanted.items():
+            assert torch.equal(tensors[name], tensor), name
+
+    def _compare(self, pipe: Pipe, message: node_pb2.Frame) -> None:
+        answer, wanted = pipe.ask(node_pb2.TrainRequest(frame=message)), self._twin.train(message)
+        assert list(answer.tensors) == list(wanted.tensors)
+        assert answer.updated == wanted.updated
