@@ -36,7 +36,7 @@ RESNET = Case(
 TRANSFORMER = Case(
     lambda: models.transformer(classes=CLASSES, dropout=0.1), models.transformer_example(4), front="layers.0", head="fc"
 )
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, cloister.SGD | cloister.AdamW] = {
     "sgd": cloister.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4),
     "adamw": cloister.AdamW(
         lr=2e-3, schedule=cloister.Schedule(decay="cosine", warmup_steps=2, total_steps=9), clip_value=1.0
@@ -66,7 +66,7 @@ def loader(case: Case) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def unsplit(
-    case: Case, model: nn.Module, head: str | None, optimizer: cloister.SGD | cloister.Adam, count: int
+    case: Case, model: nn.Module, head: str | None, optimizer: cloister.SGD | cloister.AdamW, count: int
 ) -> list[float]:
     cut = cloister.cut(model, front=case.front, head=head, example=case.example)
     trainer = cloister.UnsplitTrainer(cut, optimizer=optimizer, loss=cloister.Loss(), micro_batches=count, seed=7)
@@ -173,6 +173,7 @@ def test_a_loop_of_ones_own_through_a_remote_middle_is_exact(node: cloister.Loca
     plain = models.small_resnet(classes=CLASSES)
     split = copy.deepcopy(plain)
     cut = cloister.cut(split, front=RESNET.front, head=RESNET.head, example=RESNET.example)
+    assert cut.head is not None
     middle = cloister.RemoteMiddle(
         cut, node=node.address, identity=node.owner, optimizer=cloister.SGD(lr=0.05), max_rows=BATCH
     )
