@@ -16,14 +16,15 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule
 from torch.fx import Node as FxNode
 
 from protos import program_pb2
-from wire.codec import dtype_number
-from wire.errors import CutError, ProgramRejectedError
+from wire.codec import FRAME_DTYPES, dtype_number
+from wire.errors import CutError, LimitExceededError, ProgramRejectedError, TensorRejectedError
 from wire.operators import GETITEM, SET_GRAD, SIZE_OPERATORS
 from wire.operators import resolve as resolve_operator
 from wire.program import PROGRAM_VERSION, Program, ProgramLimits, decode_program
@@ -31,7 +32,13 @@ from wire.program import PROGRAM_VERSION, Program, ProgramLimits, decode_program
 __all__ = ["Captured", "capture"]
 
 _CHECKS: Final = frozenset(
-    {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async"},
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+        "_assert_async",
+    },
 )
 _SIZE_TARGETS: Final = {getattr(operator, name): wire_name for name, wire_name in SIZE_OPERATORS.items()}
 _MEMORY_FORMATS: Final = {
@@ -39,7 +46,7 @@ _MEMORY_FORMATS: Final = {
     torch.preserve_format: program_pb2.MEMORY_FORMAT_PRESERVE,
     torch.channels_last: program_pb2.MEMORY_FORMAT_CHANNELS_LAST,
 }
-#: A capture is the owner's own: only what the format itself cannot hold is refused here, the rest by each node's limits.
+#: A capture is the owner's own: only what the format cannot hold is refused here, the rest by each node's limits.
 _OWN_LIMITS: Final = ProgramLimits(bytes=2**30, operations=2**20, elements=2**40)
 
 
@@ -66,8 +73,13 @@ def capture(module: nn.Module, example: Sequence[torch.Tensor]) -> Captured:
     The module keeps its training flags, and its tensors are not copied.
 
     Raises:
-        CutError: export refuses the module, the batch size is baked in, or an operator is not on the allow-list.
+        CutError: export refuses the module, the batch size is baked in, or the middle does what no program can.
     """
+    for number, tensor in enumerate(example):
+        if tensor.dtype not in FRAME_DTYPES:
+            raise CutError(
+                f"tensor {number} across the cut is {tensor.dtype}, which no frame carries; convert it first"
+            )
     modes = {name: sub.training for name, sub in module.named_modules()}
     try:
         train = _export(module.train(), example, "training")
@@ -75,7 +87,10 @@ def capture(module: nn.Module, example: Sequence[torch.Tensor]) -> Captured:
     finally:
         for name, sub in module.named_modules():
             sub.training = modes[name]
-    return _Encoder(module, train, evaluation, example).captured()
+    try:
+        return _Encoder(module, train, evaluation, example).captured()
+    except (ProgramRejectedError, LimitExceededError, TensorRejectedError) as error:
+        raise CutError(f"the middle cannot travel: {error}. Move the cut so that this runs on your side.") from error
 
 
 def _export(module: nn.Module, example: Sequence[torch.Tensor], which: str) -> ExportedProgram:
@@ -118,11 +133,11 @@ class _Encoder:
     ) -> None:
         self._exported = (train, evaluation)
         self._example = example
-        own = dict(module.named_parameters(remove_duplicate=False))
+        own: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         own |= dict(module.named_buffers(remove_duplicate=False))
         self._own = own
         self._state: dict[str, torch.Tensor] = {}
-        self._kinds: dict[str, program_pb2.StateKind] = {}
+        self._kinds: dict[str, program_pb2.StateKind.ValueType] = {}
         self._names: dict[int, str] = {}
         self.aliases: dict[str, str] = {}
 
@@ -149,11 +164,7 @@ class _Encoder:
         if message.eval == message.train:
             message.ClearField("eval")
         data = message.SerializeToString(deterministic=True)
-        try:
-            program = decode_program(data, _OWN_LIMITS)
-        except ProgramRejectedError as error:
-            raise CutError(f"the middle cannot travel: {error}. Move the cut so that this runs on your side.") from error
-        return Captured(data, program, self._state, self.aliases)
+        return Captured(data, decode_program(data, _OWN_LIMITS), self._state, self.aliases)
 
     def _collect(self, exported: ExportedProgram) -> dict[str, str]:
         """Notes the state that one export lifts; gives the state's name of each placeholder."""
@@ -178,7 +189,7 @@ class _Encoder:
                 raise CutError(f"the middle returns {output.target!r} in a way that cannot travel ({output.kind.name})")
         return names
 
-    def _note(self, target: str, tensor: torch.Tensor, kind: program_pb2.StateKind) -> str:
+    def _note(self, target: str, tensor: torch.Tensor, kind: program_pb2.StateKind.ValueType) -> str:
         known = self._names.get(id(tensor))
         if known is None:
             while target in self._state:  # constants of the two exports may share a name and differ
@@ -201,17 +212,23 @@ class _Encoder:
                 else:
                     values[node] = len(order) + users
                     users += 1
-        writer = _GraphWriter(graph, len(order) + users, exported.graph_module)
+        writer = _GraphWriter(graph, len(order) + users)
         writer.write(exported.graph_module, values)
         (results,) = next(node for node in exported.graph.nodes if node.op == "output").args
-        graph.outputs.extend(values[result] for result in results)
+        for result in results:
+            made = result.meta["val"] if isinstance(result, FxNode) else None
+            if not isinstance(made, torch.Tensor) or made.dtype not in FRAME_DTYPES:
+                what = made.dtype if isinstance(made, torch.Tensor) else type(result).__name__
+                raise CutError(f"the middle returns {what}, which no frame carries; convert it or keep it on your side")
+            graph.outputs.append(values[result])
 
 
 class _GraphWriter:
-    def __init__(self, graph: program_pb2.Graph, first: int, root: GraphModule) -> None:
+    def __init__(self, graph: program_pb2.Graph, first: int) -> None:
         self._graph = graph
         self._next = first
-        self._root = root
+        self._grad = True
+        self._spread: dict[FxNode, list[int]] = {}
 
     def write(self, module: GraphModule, values: dict[FxNode, int]) -> None:
         """Appends a graph's calls; ``values`` gives and takes the numbers of fx nodes."""
@@ -223,19 +240,14 @@ class _GraphWriter:
 
     def _call(self, module: GraphModule, node: FxNode, values: dict[FxNode, int]) -> None:
         target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, HigherOrderOperator):
             self._region(module, node, values)
         elif target is operator.getitem and isinstance(node.args[0], FxNode) and node.args[0] in self._spread:
             values[node] = self._spread[node.args[0]][node.args[1]]  # type: ignore[index]  # an index by construction
-        elif isinstance(target, torch._ops.OpOverload) and target._schema.name.split("::")[1] in _CHECKS:  # noqa: SLF001
+        elif isinstance(target, OpOverload) and target._schema.name.split("::")[1] in _CHECKS:  # noqa: SLF001
             return
         else:
             values[node] = self._emit(_wire_name(node), node.args, node.kwargs, values)
-
-    @property
-    def _spread(self) -> dict[FxNode, list[int]]:
-        spread: dict[FxNode, list[int]] = self.__dict__.setdefault("_spread_values", {})
-        return spread
 
     def _region(self, module: GraphModule, node: FxNode, values: dict[FxNode, int]) -> None:
         """Inlines what ``torch.no_grad`` or a disabled autocast wrapped."""
@@ -244,7 +256,7 @@ class _GraphWriter:
         if name == "wrap_with_set_grad_enabled":
             enabled, body, operands = args[0], args[1], args[2:]
         elif name == "wrap_with_autocast" and args[2] is False:
-            enabled, body, operands = True, args[4], args[5:]
+            enabled, body, operands = self._grad, args[4], args[5:]
         else:
             raise CutError(f"the middle holds a region ({name}) that cannot travel; keep it on your side of the cut")
         inner = getattr(module, str(body.target))  # type: ignore[union-attr]  # a get_attr node by construction
@@ -252,11 +264,14 @@ class _GraphWriter:
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         for placeholder, operand in zip(placeholders, operands, strict=True):
             within[placeholder] = values[operand]  # type: ignore[index]  # operands of a region are nodes
-        if enabled is False:
-            self._emit(SET_GRAD, (False,), {}, values)
+        around = self._grad
+        if enabled is not around:
+            self._emit(SET_GRAD, (enabled,), {}, values)
+        self._grad = bool(enabled)
         self.write(inner, within)
-        if enabled is False:
-            self._emit(SET_GRAD, (True,), {}, values)
+        if enabled is not around:
+            self._emit(SET_GRAD, (around,), {}, values)
+        self._grad = around
         (results,) = next(n for n in inner.graph.nodes if n.op == "output").args
         self._spread[node] = [within[result] for result in results]
 
@@ -277,7 +292,7 @@ class _GraphWriter:
 
 def _wire_name(node: FxNode) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return f"{target._schema.name}.{target._overloadname}"  # noqa: SLF001 -- an overload's only names
     if target is operator.getitem:
         return GETITEM
@@ -287,7 +302,7 @@ def _wire_name(node: FxNode) -> str:
     return name
 
 
-def _fill(message: program_pb2.Argument, value: Any, values: dict[FxNode, int]) -> None:
+def _fill(message: program_pb2.Argument, value: Any, values: dict[FxNode, int]) -> None:  # noqa: C901 -- one for each kind
     match value:
         case None:
             message.none = True
@@ -303,7 +318,7 @@ def _fill(message: program_pb2.Argument, value: Any, values: dict[FxNode, int]) 
             message.text = value
         case torch.dtype():
             message.dtype = dtype_number(value)
-        case torch.memory_format():
+        case torch.memory_format() if value in _MEMORY_FORMATS:
             message.memory_format = _MEMORY_FORMATS[value]
         case torch.device():
             message.device = program_pb2.DEVICE_SESSION
@@ -312,4 +327,5 @@ def _fill(message: program_pb2.Argument, value: Any, values: dict[FxNode, int]) 
             for item in value:
                 _fill(message.list.items.add(), item, values)
         case _:
-            raise CutError(f"the middle passes {type(value).__name__} to an operator, which cannot travel")
+            named = value if isinstance(value, torch.memory_format) else type(value).__name__
+            raise CutError(f"the middle passes {named} to an operator, which cannot travel")

@@ -65,7 +65,7 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def dtype_number(dtype: torch.dtype) -> tensor_pb2.DType:
+def dtype_number(dtype: torch.dtype) -> tensor_pb2.DType.ValueType:
     """The wire's number of ``dtype``.
 
     Raises:

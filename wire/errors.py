@@ -224,7 +224,7 @@ def error_from_rpc(error: grpc.RpcError) -> CloisterError:
     """
     code, details = error.code(), _bounded(error.details() or "")
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
     except (ValueError, DecodeError):  # no status, or one that contradicts the call's own: made up, so not believed
         status = None
     for packed in status.details if status is not None else ():
@@ -235,7 +235,7 @@ def error_from_rpc(error: grpc.RpcError) -> CloisterError:
         return UnreachableError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own: a message above the receiver's limit
         return LimitExceededError(details)
-    return InternalError(f"{code.name if code else 'UNKNOWN'}: {details}")
+    return InternalError(f"{code.name}: {details}")
 
 
 def _reason(packed: Packed) -> str:

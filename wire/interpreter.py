@@ -6,13 +6,17 @@ the bit on the same build of torch with the same number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from wire.errors import LimitExceededError, ProgramRejectedError, StateRejectedError, WireError
+from wire.codec import FRAME_DTYPES, MAX_RANK
+from wire.errors import ComputeError, LimitExceededError, ProgramRejectedError, StateRejectedError
 from wire.operators import SET_GRAD
 from wire.operators import resolve as resolve_operator
 from wire.program import SESSION_DEVICE, Argument, Graph, Operation, Program, Ref
@@ -27,6 +31,11 @@ _DRAWS_BY: Final = {
     "aten::feature_dropout.default": (2, "train"),
     "aten::scaled_dot_product_attention.default": (4, "dropout_p"),
 }
+_CONVOLUTIONS: Final = frozenset({torch.ops.aten.convolution.default, torch.ops.aten.convolution_overrideable.default})
+_MAX_DIMENSIONS: Final = 64  # what torch's own kernels take at most
+#: Fake tensors keep one cache a process, which is not made for threads and which foreign shapes would fill without end.
+_FAKING: Final = threading.Lock()
+_KNOWN_SHAPES: Final = 20_000  # about 40 MB
 
 
 class Runner:
@@ -151,35 +160,108 @@ def check_state(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
 def activation_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
     """The bytes of every tensor that a run over ``rows`` rows makes, found without allocating any of them (T02).
 
+    Also those within operators that are made of others, and those that the training graph keeps for its backward.
+
     Raises:
         LimitExceededError: as soon as the sum passes ``limit``.
-        ProgramRejectedError: an operator refuses its arguments' shapes or dtypes.
+        ProgramRejectedError: an operator refuses its arguments' shapes or dtypes, or an output cannot travel.
     """
-    total = 0
-
-    def visit(result: Any) -> None:
-        nonlocal total
-        for tensor in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                total += tensor.numel() * tensor.itemsize
-        if total > limit:
-            raise LimitExceededError(
-                f"a micro-batch of {rows} rows makes more than {limit} bytes of activations; send smaller micro-batches",
-            )
-
-    device = torch.device("cpu")
+    counter = _Counter(rows, limit)
+    training = graph is program.train
     # Fake tensors compute shapes, strides and dtypes by the operators' own rules, and hold no memory.
-    with FakeTensorMode() as mode, torch.no_grad():
-        shapes = [(s.shape, s.dtype) for s in program.state] + [((rows, *i.shape), i.dtype) for i in program.inputs]
-        values = [mode.from_tensor(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes]
-        values = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in values]
+    with _FAKING, FakeTensorMode(), torch.set_grad_enabled(training):
         try:
-            outputs = Runner(program, graph, device).run(values, visit)
-        except WireError:
+            values = _fake_values(program, rows, training=training)
+            with counter:
+                outputs = Runner(program, graph, torch.device("cpu")).run(values, counter.visit)
+        except LimitExceededError:
             raise
+        except ComputeError as error:
+            raise ProgramRejectedError(str(error)) from error
         except Exception as error:  # whatever operators raise on hostile arguments, and they raise nearly everything
             raise ProgramRejectedError(f"an operator refuses its arguments ({type(error).__name__})") from error
-    if any(not isinstance(output, torch.Tensor) for output in outputs):
-        raise ProgramRejectedError("an output that is no tensor")
-    return total
+        finally:
+            if len(FakeTensorMode.cache) > _KNOWN_SHAPES:
+                FakeTensorMode.cache_clear()
+    if any(output.dtype not in FRAME_DTYPES or output.ndim > MAX_RANK for output in outputs):
+        raise ProgramRejectedError(f"an output that no frame carries: {[(o.dtype, o.ndim) for o in outputs][:8]}")
+    return counter.total
 
+
+def _fake_values(program: Program, rows: int, *, training: bool) -> list[torch.Tensor]:
+    state = [torch.empty(s.shape, dtype=s.dtype, requires_grad=training and s.requires_grad) for s in program.state]
+    inputs = [torch.empty((rows, *i.shape), dtype=i.dtype) for i in program.inputs]
+    if training:
+        # As a session gives them: leaves in its hands, copies in the graph's.
+        inputs = [x.requires_grad_(x.is_floating_point()).clone() for x in inputs]
+    return state + inputs
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own signature
+    """Adds up what the calls beneath it allocate."""
+
+    def __init__(self, rows: int, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.total = 0
+        self._rows = rows
+        self._limit = limit
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        held = {t.untyped_storage()._cdata for t in _tensors((args, (kwargs or {}).values()))}  # noqa: SLF001
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata not in held:  # noqa: SLF001 -- else a view, which holds nothing of its own
+                self._add(tensor.untyped_storage().nbytes())
+        if func in _CONVOLUTIONS:
+            self._check(self.total + _unfolded_bytes(args, result))
+        return result
+
+    def visit(self, result: Any) -> None:
+        """Looks at what one operation of the graph returns.
+
+        More dimensions than anything needs are refused: each takes memory of its own. A view that repeats elements
+        counts as if it held them all, since whatever reads it takes the time.
+        """
+        for tensor in _tensors(result):
+            if tensor.ndim > _MAX_DIMENSIONS:
+                raise ComputeError(f"a tensor of more than {_MAX_DIMENSIONS} dimensions")
+            repeated = tensor.numel() * tensor.itemsize - tensor.untyped_storage().nbytes()
+            self._add(max(0, repeated))
+
+    def _add(self, size: int) -> None:
+        self.total += size
+        self._check(self.total)
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise LimitExceededError(
+                f"a micro-batch of {self._rows} rows makes more than {self._limit} bytes of activations; "
+                "send smaller micro-batches",
+            )
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Iterable) and not isinstance(values, str):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _unfolded_bytes(args: tuple[Any, ...], result: torch.Tensor) -> int:
+    """The patches that a convolution may lay out side by side before it multiplies them, which nothing else shows.
+
+    One row's where the kernels of oneDNN and cuDNN work, else every row's.
+    """
+    x, weight, transposed = args[0], args[1], args[6]
+    spread = x if transposed else result
+    rows = 1 if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else spread.shape[0]
+    positions = math.prod(spread.shape[2:])
+    return int(rows * positions * weight[0].numel() * x.itemsize)

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from protos import program_pb2
 from wire import operators
-from wire.codec import DTYPES, MAX_RANK
+from wire.codec import DTYPES, FRAME_DTYPES, MAX_RANK
 from wire.errors import LimitExceededError, ProgramRejectedError
 from wire.operators import Operator, Parameter, ValueKind
 
@@ -83,7 +83,7 @@ class Ref:
 
 
 Argument: TypeAlias = (
-    "Ref | None | int | float | bool | str | torch.dtype | torch.memory_format | _SessionDevice | tuple[Argument, ...]"
+    "Ref | int | float | bool | str | torch.dtype | torch.memory_format | _SessionDevice | tuple[Argument, ...] | None"
 )
 
 
@@ -92,7 +92,7 @@ class State:
     """A named tensor of the program: a parameter, a buffer, or a constant that no state_dict shows."""
 
     name: str
-    kind: program_pb2.StateKind
+    kind: program_pb2.StateKind.ValueType
     dtype: torch.dtype
     shape: tuple[int, ...]
     requires_grad: bool
@@ -181,10 +181,17 @@ def decode_program(data: bytes, limits: ProgramLimits | None = None) -> Program:
     evaluation = _graph(message.eval, before, "eval") if message.HasField("eval") else train
     if len(train.outputs) != len(evaluation.outputs):
         raise ProgramRejectedError("the two graphs differ in their number of outputs")
-    # The slow part last: only what is small and well-formed is written again.
+    _check_canonical(message, data)
+    return Program(state, inputs, train, evaluation, program_digest(data))
+
+
+def _check_canonical(message: program_pb2.Program, data: bytes) -> None:
+    """Refuses bytes that encoding would not have written: the same architecture would have two digests."""
+    if message.HasField("eval") and message.eval == message.train:
+        raise ProgramRejectedError("the bytes are not canonical: two graphs that are one")
+    message.DiscardUnknownFields()  # else they would be written again
     if message.SerializeToString(deterministic=True) != data:
         raise ProgramRejectedError("the bytes are not canonical")
-    return Program(state, inputs, train, evaluation, program_digest(data))
 
 
 def _check_counts(message: program_pb2.Program, limits: ProgramLimits) -> None:
@@ -220,7 +227,10 @@ def _state(message: program_pb2.Program, limits: ProgramLimits) -> tuple[State, 
 
 
 def _input(message: program_pb2.Input, limits: ProgramLimits) -> Input:
-    return Input(_dtype(message.dtype), _shape(message.shape, limits))
+    dtype = _dtype(message.dtype)
+    if dtype not in FRAME_DTYPES:
+        raise ProgramRejectedError(f"an input of {dtype}, which no frame carries")
+    return Input(dtype, _shape(message.shape, limits))
 
 
 def _dtype(number: int) -> torch.dtype:
@@ -231,10 +241,11 @@ def _dtype(number: int) -> torch.dtype:
 
 
 def _shape(sizes: Any, limits: ProgramLimits) -> tuple[int, ...]:
+    if len(sizes) > MAX_RANK:
+        raise ProgramRejectedError(f"a tensor of {len(sizes)} dimensions; at most {MAX_RANK}")
     shape = tuple(sizes)
-    if len(shape) > MAX_RANK:
-        raise ProgramRejectedError(f"a tensor of {len(shape)} dimensions; at most {MAX_RANK}")
-    if math.prod(shape) > limits.elements or max(shape, default=0) > limits.elements:
+    # An empty tensor has strides all the same, which torch counts in 64 bits: they are bounded as elements are.
+    if math.prod(max(size, 1) for size in shape) > limits.elements:
         raise LimitExceededError(f"a tensor of shape {shape}; at most {limits.elements} elements")
     return shape
 
@@ -271,6 +282,8 @@ def _operation(message: program_pb2.Operation, kinds: list[ValueKind]) -> Operat
         bound.add(parameter.name)
     by_name = {p.name: p for p in operator.parameters}
     kwargs = []
+    if [named.name for named in message.kwargs] != sorted(named.name for named in message.kwargs):
+        raise ProgramRejectedError(f"{operator.name}: named arguments out of alphabetical order")
     for named in message.kwargs:
         if named.name not in by_name or named.name in bound:
             raise ProgramRejectedError(f"{operator.name}: no argument {named.name[:_MAX_TEXT]!r} to give here")
@@ -294,10 +307,10 @@ def _argument(
     return value
 
 
-def _value(message: program_pb2.Argument, known: int, depth: int) -> Argument:  # noqa: PLR0911 -- one for each kind
+def _value(message: program_pb2.Argument, known: int, depth: int) -> Argument:  # noqa: C901, PLR0911 -- one for each kind
     kind = message.WhichOneof("kind")
     match kind:
-        case "none":
+        case "none" if message.none:
             return None
         case "value":
             if message.value >= known:
@@ -324,7 +337,7 @@ def _value(message: program_pb2.Argument, known: int, depth: int) -> Argument:  
             raise ProgramRejectedError("an argument of no known kind")
 
 
-def _fits(value: Argument, spelling: str, kinds: list[ValueKind]) -> bool:  # noqa: PLR0911 -- one for each type
+def _fits(value: Argument, spelling: str, kinds: list[ValueKind]) -> bool:  # noqa: C901, PLR0911, PLR0912 -- one for each type
     """Whether ``value`` may stand where a schema says ``spelling``."""
     if spelling.startswith("Optional["):
         return value is None or _fits(value, spelling[len("Optional[") : -1], kinds)

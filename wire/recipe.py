@@ -43,14 +43,14 @@ _MAX_MILESTONES: Final = 1000  # one a step would be a schedule of another kind
 _MAX_STEP: Final = 2**53  # the largest count that survives a trip through a double
 _MAX_HYPERPARAMETER: Final = 1e6  # no optimizer has any use for more; keeps products finite
 
-_DECAYS: Final[dict[DecayName, node_pb2.Decay]] = {
+_DECAYS: Final[dict[DecayName, node_pb2.Decay.ValueType]] = {
     "constant": node_pb2.DECAY_CONSTANT,
     "linear": node_pb2.DECAY_LINEAR,
     "cosine": node_pb2.DECAY_COSINE,
     "steps": node_pb2.DECAY_STEPS,
 }
 _DECAY_NAMES: Final = {number: name for name, number in _DECAYS.items()}
-_LOSSES: Final[dict[LossName, node_pb2.LossKind]] = {
+_LOSSES: Final[dict[LossName, node_pb2.LossKind.ValueType]] = {
     "cross_entropy": node_pb2.LOSS_KIND_CROSS_ENTROPY,
     "mse": node_pb2.LOSS_KIND_MSE,
     "l1": node_pb2.LOSS_KIND_L1,
@@ -77,7 +77,7 @@ def stream(seed: int, part: str, step: int, micro_batch: int) -> Iterator[None]:
     """Inside, torch's default generators draw from that stream; afterwards they stand where they stood."""
     cpu = torch.default_generator.get_state()
     # Only where CUDA is at work already: asking would start it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     torch.default_generator.manual_seed(number := stream_seed(seed, part, step, micro_batch))
     if cuda:
         torch.cuda.manual_seed_all(number)
@@ -94,8 +94,8 @@ class Schedule:
     """The learning rate's factor by step: a linear warm-up, then a decay.
 
     Attributes:
-        decay: ``constant``; ``linear`` or ``cosine`` down to ``floor`` at ``total_steps``; ``steps``: times ``gamma`` at
-            each of ``milestones``.
+        decay: ``constant``; ``linear`` or ``cosine`` down to ``floor`` at ``total_steps``; ``steps``: times ``gamma``
+            at each of ``milestones``.
         warmup_steps: the factor rises linearly over so many steps; step 0 already moves.
         floor: the smallest factor of ``linear`` and ``cosine``, 0 to 1.
     """

@@ -12,7 +12,17 @@ from safetensors import SafetensorError
 
 from wire.errors import StateRejectedError
 
-__all__ = ["CHUNK_BYTES", "OPTIMIZER_PREFIX", "STATE_PREFIX", "chunks", "dump_state", "gather", "load_state", "sha256", "split_state"]
+__all__ = [
+    "CHUNK_BYTES",
+    "OPTIMIZER_PREFIX",
+    "STATE_PREFIX",
+    "chunks",
+    "dump_state",
+    "gather",
+    "load_state",
+    "sha256",
+    "split_state",
+]
 
 STATE_PREFIX: Final = "state/"
 OPTIMIZER_PREFIX: Final = "optimizer/"
