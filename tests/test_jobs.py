@@ -249,6 +249,8 @@ def _default(field: FieldInfo) -> object:
 
 
 class _Tied(nn.Module):
+    flat: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(5, 4)

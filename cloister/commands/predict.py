@@ -13,6 +13,7 @@ import torch
 import typer
 from torch import nn
 
+from client_side.cutting import Cut
 from cloister.arrays import load_arrays, save_array
 from cloister.assembly import call_factory, cut_model, greet_node, make_model, new_trainer, owner_of
 from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
@@ -21,7 +22,7 @@ from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
 from cloister.runs import remarks
 from cloister.weights import load_weights
-from wire.errors import ConfigError
+from wire.errors import ConfigError, CutError
 
 __all__ = ["PredictResult", "app"]
 
@@ -92,8 +93,7 @@ def predict(
         model = make_model(job)
         digest = load_weights(model, weights)
         _refuse_other_floats(model, rows, inputs)
-        # A program is captured from two rows at least; what they hold does not matter.
-        made = cut_model(job, model, [torch.cat([x[:2]] * 2)[:2] for x in rows])
+        made = _cut(job, model, rows, inputs)
         began = time.perf_counter()
         with new_trainer(job, made, owner, []) as trainer:
             outputs = torch.cat([trainer.predict(*part) for part in _batches(rows, batch)])
@@ -139,6 +139,15 @@ def _refuse_other_floats(model: nn.Module, inputs: tuple[torch.Tensor, ...], sou
                 f"--input {source} holds {str(tensor.dtype).removeprefix('torch.')}, and the model computes in {name}: "
                 f"save it with x.astype(numpy.{name})",
             )
+
+
+def _cut(job: Job, model: nn.Module, inputs: tuple[torch.Tensor, ...], source: str) -> Cut:
+    try:
+        # A program is captured from two rows at least; what they hold does not matter.
+        return cut_model(job, model, [torch.cat([x[:2]] * 2)[:2] for x in inputs])
+    except CutError as error:
+        shapes = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
+        raise CutError(f"{error}; --input {source} holds {shapes}") from error
 
 
 def _batches(inputs: tuple[torch.Tensor, ...], rows: int) -> Iterator[tuple[torch.Tensor, ...]]:
