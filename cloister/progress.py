@@ -127,9 +127,9 @@ class ProgressDisplay(Callback):
         self._live: Live | None = None
         self._notice = ""
         self._moment = Moment(epoch=0, epochs=0, step=0)
-        self._first_step = 0
         self._total: int | None = None
-        self._began_run = self._began_epoch = 0.0
+        self._began_epoch = 0.0
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         """The display itself."""
@@ -165,7 +165,7 @@ class ProgressDisplay(Callback):
     def on_train_begin(self, state: TrainState, control: Control) -> None:
         """Starts to move."""
         del control
-        self._began_run, self._first_step = time.perf_counter(), state.global_step
+        self._first = None
         left = state.epochs - state.epoch
         self._total = None if state.steps_per_epoch is None else state.global_step + left * state.steps_per_epoch
         self._moment = dataclasses.replace(
@@ -194,6 +194,8 @@ class ProgressDisplay(Callback):
     def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
         """The row moves."""
         del state, control
+        if self._first is None:  # the first step also opened the session: what is left is told from the others
+            self._first = (end.step, time.perf_counter())
         before, rows = self._moment, self._moment.rows + end.rows
         known = before.loss * before.rows if before.rows else 0.0
         self._moment = dataclasses.replace(
@@ -229,7 +231,9 @@ class ProgressDisplay(Callback):
         moment = self._moment
         if self._total is None:
             return Text("\n".join([self._row(moment), *self._notices()]), style="cyan")
-        bar = Table.grid(padding=(0, 2), expand=True)
+        # A terminal writes ^C where the cursor stands: with room for two of them, the lines stay where they are.
+        bar = Table.grid(padding=(0, 2))
+        bar.width = max(self._console.width - 5, 1)
         bar.add_column(ratio=1)
         bar.add_column(justify="right", no_wrap=True)
         bar.add_row(ProgressBar(total=max(self._total, 1), completed=moment.step), self._remaining(moment, self._total))
@@ -240,10 +244,12 @@ class ProgressDisplay(Callback):
 
     def _remaining(self, moment: Moment, total: int) -> str:
         shown = f"{moment.step:,} of {total:,} steps"
-        done = moment.step - self._first_step
-        if not done:
+        if self._first is None:
             return f"{shown}, opening the session"
-        left = (total - moment.step) * (time.perf_counter() - self._began_run) / done
+        step, at = self._first
+        if moment.step == step:
+            return shown
+        left = (total - moment.step) * (time.perf_counter() - at) / (moment.step - step)
         return f"{shown}, {timedelta(seconds=round(left))} left"
 
     def _fitting(self) -> list[Column]:
