@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.link import Link
 from client_side.steps import Batch, rows_of
@@ -21,6 +22,7 @@ class _Sent:
     """A slice on its way: what stays for the head, and whether the batch ends with it."""
 
     kept: Batch
+    rows: int
     ends_batch: bool
 
 
@@ -48,6 +50,7 @@ def infer(
     :func:`evaluation_mode`.
     """
     sent: deque[_Sent] = deque()
+    answers = Answers(cut.program, device)
 
     def smashed() -> Iterator[Batch]:
         for inputs in batches:
@@ -56,13 +59,13 @@ def infer(
             slices = list(zip(*(torch.split(x, rows_of(rows, count)) for x in inputs), strict=True))
             for number, part in enumerate(slices):
                 up, kept = cut.split_outputs(cut.front(*(x.to(device) for x in part)))
-                sent.append(_Sent(kept, ends_batch=number == len(slices) - 1))
+                sent.append(_Sent(kept, len(part[0]), ends_batch=number == len(slices) - 1))
                 yield up
 
     gathered: list[torch.Tensor] = []
     for answer in link.infer(smashed()):
         part = sent.popleft()
-        made = [t.to(device, copy=True) for t in answer]
+        made = answers.outputs(answer, part.rows, training=False)
         gathered.append(made[0] if cut.head is None else cut.head(*made, *part.kept))
         if part.ends_batch:
             yield torch.cat(gathered) if len(gathered) > 1 else gathered[0]

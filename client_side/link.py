@@ -16,7 +16,7 @@ from client_side.stream import Stream, patiently
 from protos import node_pb2, node_pb2_grpc
 from wire.channels import connect, wait_ready
 from wire.codec import check_finite, decode, encode, payload_bytes
-from wire.errors import CloisterError, ConfigError, MessageRejectedError, error_from_rpc
+from wire.errors import CloisterError, ConfigError, LimitExceededError, MessageRejectedError, error_from_rpc
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 from wire.state import chunks, dump_state, gather, load_state, sha256
@@ -29,6 +29,7 @@ OPEN_TIMEOUT_S: Final = 600.0  # a state of several GB over a slow line
 CALL_TIMEOUT_S: Final = 30.0
 _GOODBYE_S: Final = 5.0  # whoever presses Ctrl-C on a node that hangs is not kept waiting; the session expires anyway
 RECONNECT_S: Final = 120.0  # a node that restarts is back within seconds; a router within two minutes
+_STATE_HEADERS: Final = 16 * 2**20  # what names of tensors may add to a snapshot
 _INFER_AHEAD: Final = 4  # batches sent before the first answer is read
 
 
@@ -115,7 +116,7 @@ class Link:
         self._reconnect_s, self._target = reconnect_s, address.target
         self._stub = node_pb2_grpc.NodeStub(self._channel)
         self._session = b""
-        self._up = self._down = 0
+        self._up = self._down = self._most_state = 0
         self._train = Stream(
             self._channel,
             self._stub.Train,
@@ -156,6 +157,8 @@ class Link:
             UnreachableError: the node cannot be reached.
         """
         state = dump_state(request.tensors)
+        # The tensors, three of the optimizer's for each, and their names.
+        self._most_state = 4 * len(state) + _STATE_HEADERS
         self._session = secrets.token_bytes(16)
         spec = node_pb2.SessionSpec(
             session_id=self._session,
@@ -263,7 +266,14 @@ class Link:
         def fetch() -> tuple[int, dict[str, torch.Tensor]]:
             request = node_pb2.SnapshotRequest(session_id=self._session, with_optimizer=with_optimizer)
             responses = iter(self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S))
-            header = next(responses).header
+            first = next(responses, None)
+            if first is None or first.WhichOneof("part") != "header":
+                raise MessageRejectedError("the node's snapshot does not start with its header")
+            header = first.header
+            if header.state_bytes > self._most_state:
+                raise LimitExceededError(
+                    f"the node announces {header.state_bytes} bytes of state; at most {self._most_state} can be ours"
+                )
             pieces = (response.chunk for response in responses)
             data = gather(pieces, header.state_bytes, header.state_sha256, "state")
             self._down += len(data)

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session
 from protos import node_pb2
-from wire.errors import ConfigError, MessageRejectedError
+from wire.errors import ConfigError
 from wire.identity import Identity, load_identity
 from wire.recipe import Loss, Optimizer
 from wire.state import split_state
@@ -72,6 +73,9 @@ class RemoteMiddle(nn.Module):
         if cut.head is None:
             raise ConfigError("RemoteMiddle needs a U-shaped cut (a head): in the vanilla topology use Trainer")
         self._cut, self._step, self._forwards, self._backwards = cut, 0, 0, 0
+        device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
+        self._answers = Answers(cut.program, device)
+        self._wants_gradients = any(p.requires_grad for p in cut.front.parameters())
         own = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
         address = node if isinstance(node, NodeAddress) else NodeAddress.parse(node)
         self._link = Link(address, own, reconnect_s=reconnect_s)
@@ -103,7 +107,8 @@ class RemoteMiddle(nn.Module):
         if self.training and torch.is_grad_enabled():
             outputs = _Remote.apply(self, *smashed)  # type: ignore[no-untyped-call]  # torch's own signature
         else:
-            outputs = tuple(next(iter(self._link.infer([smashed]))))
+            made = next(iter(self._link.infer([smashed])))
+            outputs = tuple(self._answers.outputs(made, len(smashed[0]), training=False))
         return outputs[0] if len(outputs) == 1 else outputs
 
     def step(self) -> None:
@@ -133,13 +138,18 @@ class RemoteMiddle(nn.Module):
         self._link.send(step=self._step, micro_batch=number, phase=node_pb2.PHASE_FORWARD, tensors=smashed)
         answer = self._link.receive()
         self._forwards += 1
-        return number, [t.to(smashed[0].device, copy=True) for t in answer.tensors]
+        return number, self._answers.outputs(answer.tensors, len(smashed[0]), training=True)
 
-    def _send_backward(self, number: int, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _send_backward(
+        self,
+        number: int,
+        gradients: list[torch.Tensor],
+        smashed: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
         self._link.send(step=self._step, micro_batch=number, phase=node_pb2.PHASE_BACKWARD, tensors=gradients)
         answer = self._link.receive()
         self._backwards += 1
-        return answer.tensors
+        return self._answers.gradients(answer.tensors, smashed) if self._wants_gradients else []
 
 
 class _Remote(torch.autograd.Function):
@@ -150,7 +160,7 @@ class _Remote(torch.autograd.Function):
         """Sends the smashed data, returns the outputs."""
         ctx.middle = middle
         ctx.number, outputs = middle._send_forward(smashed)  # noqa: SLF001 -- one thing in two classes
-        ctx.inputs = [(s.shape, s.dtype, s.device) for s in smashed]
+        ctx.smashed = smashed
         ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         return tuple(outputs)
@@ -163,11 +173,6 @@ class _Remote(torch.autograd.Function):
             for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
             if dtype.is_floating_point
         ]
-        down = iter(ctx.middle._send_backward(ctx.number, up))  # noqa: SLF001 -- as above
-        returned: list[torch.Tensor | None] = []
-        for shape, dtype, device in ctx.inputs:
-            gradient = next(down, None) if dtype.is_floating_point else None
-            if gradient is not None and (gradient.shape != shape or gradient.dtype != dtype):
-                raise MessageRejectedError(f"an input gradient {tuple(gradient.shape)} for {tuple(shape)}")
-            returned.append(None if gradient is None else gradient.to(device, copy=True))
-        return (None, *returned)
+        sent = [s for s in ctx.smashed if s.is_floating_point()]
+        down = iter(ctx.middle._send_backward(ctx.number, up, sent))  # noqa: SLF001 -- as above
+        return (None, *(next(down, None) if s.is_floating_point() else None for s in ctx.smashed))

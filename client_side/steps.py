@@ -10,6 +10,7 @@ or one more.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from typing import TypeAlias
 
 import torch
 
+from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.link import Answer, Link
 from protos import node_pb2
-from wire.errors import MessageRejectedError
+from wire.errors import MessageRejectedError, NonFiniteError
 from wire.recipe import Loss, PartOptimizer, stream
 
 __all__ = ["Batch", "MicroBatch", "StepRunner", "micro_batches", "rows_of"]
@@ -87,6 +89,7 @@ class StepRunner:
         """Takes what one step needs; the session on ``link`` is open."""
         self._cut, self._link, self._loss, self._optimizers = cut, link, loss, optimizers
         self._seed, self._in_flight, self._device = seed, in_flight, device
+        self._answers = Answers(cut.program, device)
         self._flying: deque[_Flying] = deque()
         head = set() if cut.head is None else set(cut.head.parameters())
         self._tied = [p for p in cut.front.parameters() if p in head and p.requires_grad]
@@ -110,6 +113,8 @@ class StepRunner:
                 total += self._head(step, answer, last=answer.micro_batch == len(batch) - 1)
                 continue
             if answer.phase == node_pb2.PHASE_LOSS:
+                if not math.isfinite(answer.loss):
+                    raise NonFiniteError(f"the node's loss is {answer.loss}: the training diverged, or it makes it up")
                 total += answer.loss * self._flying[0].weight
             self._backward(answer)
             done += 1
@@ -139,7 +144,7 @@ class StepRunner:
 
     def _head(self, step: int, answer: Answer, *, last: bool) -> float:
         flying = next(f for f in self._flying if f.number == answer.micro_batch)
-        outputs = [t.to(self._device, copy=True) for t in answer.tensors]
+        outputs = self._answers.outputs(answer.tensors, len(flying.labels), training=True)
         for output in outputs:
             output.requires_grad_(output.is_floating_point())
         if self._cut.head is None:
@@ -164,15 +169,9 @@ class StepRunner:
         if flying.number != answer.micro_batch:
             raise MessageRejectedError("the node answered another micro-batch than the oldest")
         tensors = [s for s in flying.smashed if s.is_floating_point()]
-        pairs = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(s.requires_grad for s in tensors):
-            if len(answer.tensors) != len(tensors):
-                raise MessageRejectedError(f"{len(answer.tensors)} input gradients for {len(tensors)} tensors")
-            for tensor, gradient in zip(tensors, answer.tensors, strict=True):
-                if gradient.shape != tensor.shape or gradient.dtype != tensor.dtype:
-                    raise MessageRejectedError(f"an input gradient {tuple(gradient.shape)} for {tuple(tensor.shape)}")
-                # Copied: kernels may choose by alignment, and the message's bytes have none to speak of.
-                pairs.append((tensor, gradient.to(self._device, copy=True)))
+            pairs += zip(tensors, self._answers.gradients(answer.tensors, tensors), strict=True)
         stayed = zip(flying.kept, flying.kept_leaves, strict=True)
         pairs += [(tensor, leaf.grad) for tensor, leaf in stayed if leaf.grad is not None]
         pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]

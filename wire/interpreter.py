@@ -21,7 +21,7 @@ from wire.operators import SET_GRAD
 from wire.operators import resolve as resolve_operator
 from wire.program import SESSION_DEVICE, Argument, Graph, Operation, Program, Ref
 
-__all__ = ["Runner", "activation_bytes", "check_state"]
+__all__ = ["Runner", "activation_bytes", "check_state", "output_shapes"]
 
 _SET_GRAD: Final = resolve_operator(SET_GRAD).function
 #: The argument, by position and name, that says how a random operator draws; with False or 0.0 it does not.
@@ -36,6 +36,8 @@ _MAX_DIMENSIONS: Final = 64  # what torch's own kernels take at most
 #: Fake tensors keep one cache a process, which is not made for threads and which foreign shapes would fill without end.
 _FAKING: Final = threading.Lock()
 _KNOWN_SHAPES: Final = 20_000  # about 40 MB
+
+_NO_LIMIT: Final = 2**62  # bytes: more than any machine has
 
 
 class Runner:
@@ -157,6 +159,16 @@ def check_state(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
+def output_shapes(program: Program, graph: Graph, rows: int) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    """The dtype and shape of each output of a run over ``rows`` rows, found without computing any.
+
+    Raises:
+        ProgramRejectedError: an operator refuses ``rows`` rows.
+    """
+    _, outputs = _dry_run(program, graph, rows, _NO_LIMIT)
+    return tuple((output.dtype, tuple(output.shape)) for output in outputs)
+
+
 def activation_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
     """The bytes of every tensor that a run over ``rows`` rows makes, found without allocating any of them (T02).
 
@@ -166,6 +178,10 @@ def activation_bytes(program: Program, graph: Graph, rows: int, limit: int) -> i
         LimitExceededError: as soon as the sum passes ``limit``.
         ProgramRejectedError: an operator refuses its arguments' shapes or dtypes, or an output cannot travel.
     """
+    return _dry_run(program, graph, rows, limit)[0]
+
+
+def _dry_run(program: Program, graph: Graph, rows: int, limit: int) -> tuple[int, list[torch.Tensor]]:
     counter = _Counter(rows, limit)
     training = graph is program.train
     # Fake tensors compute shapes, strides and dtypes by the operators' own rules, and hold no memory.
@@ -185,7 +201,7 @@ def activation_bytes(program: Program, graph: Graph, rows: int, limit: int) -> i
                 FakeTensorMode.cache_clear()
     if any(output.dtype not in FRAME_DTYPES or output.ndim > MAX_RANK for output in outputs):
         raise ProgramRejectedError(f"an output that no frame carries: {[(o.dtype, o.ndim) for o in outputs][:8]}")
-    return counter.total
+    return counter.total, outputs
 
 
 def _fake_values(program: Program, rows: int, *, training: bool) -> list[torch.Tensor]:
