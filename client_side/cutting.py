@@ -11,6 +11,7 @@ head past the middle never leave the owner.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -21,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from client_side.division import Division, Part, Runs, run_nodes
-from client_side.splitting import Divided, divide, refuse_inputs, refuse_without_rows
+from client_side.splitting import Divided, divide, refuse_changed, refuse_inputs, refuse_raw, refuse_without_rows
 from client_side.tracing import trace
 from wire.capture import Captured, capture
 from wire.errors import CutError, StateRejectedError
 from wire.program import Program
 
-__all__ = ["Cut", "as_tuple", "cut", "trace"]
+__all__ = ["Cut", "as_tuple", "checked_example", "cut", "faking", "grown", "refuse_shared", "trace", "undisturbed"]
 
 
 def cut(
@@ -52,7 +53,7 @@ def cut(
     Raises:
         CutError: naming the tensor, parameter or operator that forbids this cut, and what to do.
     """
-    inputs = _checked(example)
+    inputs = checked_example(example)
     traced = trace(model, [front] if head is None else [front, head], len(inputs))
     division = Division(traced, front, head)
     return Cut._of(model, _divided(division, inputs))  # noqa: SLF001 -- the class's second constructor
@@ -60,7 +61,7 @@ def cut(
 
 def _divided(division: Division, inputs: tuple[torch.Tensor, ...]) -> Divided:
     """Runs front and middle at two batch sizes (the middle on fake tensors: only shapes matter), then divides."""
-    batches = (inputs, _grown(inputs))
+    batches = (inputs, grown(inputs))
     runs = Runs(
         (len(inputs[0]), len(batches[1][0])),
         (dict(zip(division.inputs, batches[0], strict=True)), dict(zip(division.inputs, batches[1], strict=True))),
@@ -73,8 +74,8 @@ def _divided(division: Division, inputs: tuple[torch.Tensor, ...]) -> Divided:
     changed = _run_middle(division, runs)
     division.settle(Part.MIDDLE, runs)
     divided = divide(division, runs)
-    _refuse_raw(divided, inputs)
-    _refuse_changed(divided, changed)
+    refuse_raw(divided.up, inputs)
+    refuse_changed(divided.up, divided.kept, changed)
     return divided
 
 
@@ -82,7 +83,7 @@ def _run_middle(division: Division, runs: Runs) -> list[torch.Tensor]:
     """Completes ``runs`` by the middle's results, on fake tensors; returns the inputs that it changes in place."""
     changed = []
     # In training: that is where the most happens in place.
-    with undisturbed(division.traced, training=True), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with undisturbed(division.traced, training=True), faking() as mode:
         for known in runs.known:
             made: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
@@ -99,31 +100,12 @@ def _run_middle(division: Division, runs: Runs) -> list[torch.Tensor]:
     return changed
 
 
-def _refuse_raw(divided: Divided, inputs: Sequence[torch.Tensor]) -> None:
-    for leaf in divided.up:
-        if any(_share_memory(leaf.values[0], x) for x in inputs):
-            raise CutError(
-                f"the tensor {leaf.name} that crosses the cut is an input itself, at most reshaped: your raw data "
-                "would leave. Choose a front that takes it in.",
-            )
+def checked_example(example: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The model's inputs: one batch of at least 2 rows.
 
-
-def _refuse_changed(divided: Divided, changed: Sequence[torch.Tensor]) -> None:
-    """The node changes a copy of its own: nobody else may look for the change."""
-    for tensor in changed:
-        for leaf in (*divided.kept, *(leaf for leaf in divided.up if leaf.values[0] is not tensor)):
-            if _share_memory(leaf.values[0], tensor):
-                raise CutError(
-                    f"the middle changes the tensor {leaf.name} in place, and it is also needed elsewhere: use the "
-                    "operator that is not in place (such as nn.ReLU(inplace=False)), or move the cut.",
-                )
-
-
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(one.numel()) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
-
-
-def _checked(example: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    Raises:
+        CutError: it is no such batch.
+    """
     inputs = (example,) if isinstance(example, torch.Tensor) else tuple(example)
     if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise CutError("the example is one tensor, or one for each input of the model")
@@ -135,7 +117,7 @@ def _checked(example: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tens
     return inputs
 
 
-def _grown(inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def grown(inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The same batch and one row more."""
     return tuple(torch.cat([x, x[:1]]) for x in inputs)
 
@@ -168,8 +150,8 @@ class Cut:
         for name, part in (("front", front), ("middle", middle), ("head", head)):
             if not isinstance(part, nn.Module) and (name != "head" or part is not None):
                 raise CutError(f"{name} is a {type(part).__name__}: give an nn.Module (wrap a function in one)")
-        inputs = _checked(example)
-        batches = (inputs, _grown(inputs))
+        inputs = checked_example(example)
+        batches = (inputs, grown(inputs))
         with undisturbed(front, training=False):
             made = [as_tuple(front(*batch)) for batch in batches]
         for number, values in enumerate(zip(*made, strict=True)):
@@ -297,6 +279,18 @@ def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:  # noqa: ANN401 -- whatever
 
 
 @contextmanager
+def faking() -> Iterator[FakeTensorMode]:
+    """Inside, tensors have shapes and no memory; what fails there is told by its exception alone."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        log.disabled = before
+
+
+@contextmanager
 def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
     """Inside, ``module`` runs in that mode and without gradients; afterwards nothing of it has changed."""
     flags = [(sub, sub.training) for sub in module.modules()]
@@ -320,16 +314,32 @@ def undisturbed(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def _refuse_shared(front: nn.Module, middle: nn.Module, head: nn.Module | None) -> None:
+    own = [named for part in (front, head) if part is not None for named in _named_tensors(part)]
+    refuse_shared(own, _named_tensors(middle))
+
+
+def refuse_shared(own: Iterable[tuple[str, torch.Tensor]], middle: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses tensors that both sides hold, by object or by memory.
+
+    Raises:
+        CutError: naming both.
+    """
     owners: dict[int, str] = {}
-    for part in (front, head):
-        if part is not None:
-            owners |= {id(t): name for name, t in _named_tensors(part)}
-    for name, tensor in _named_tensors(middle):
-        if id(tensor) in owners:
+    for name, tensor in own:
+        owners |= dict.fromkeys(_identities(tensor), name)
+    for name, tensor in middle:
+        shared = next((owners[key] for key in _identities(tensor) if key in owners), None)
+        if shared is not None:
             raise CutError(
-                f"the tensor {owners[id(tensor)]!r} on your side is also {name!r} of the middle: a shared parameter "
-                "cannot be trained on both sides. Move the cut so that both uses fall on one side, or untie them.",
+                f"the tensor {shared!r} on your side is also {name!r} of the middle: a shared parameter or buffer "
+                "cannot be trained on both sides. Move the cut so that all uses fall on one side, or untie them.",
             )
+
+
+def _identities(tensor: torch.Tensor) -> set[int]:
+    """The object itself, and where its memory begins: two parameters may be made of the same."""
+    memory = tensor.data_ptr() if tensor.numel() and tensor.layout is torch.strided else 0
+    return {id(tensor), memory} - {0}
 
 
 def _named_tensors(part: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from torch import fx
 
 from wire.errors import CutError
 
-__all__ = ["Division", "Part", "Runs", "run_nodes"]
+__all__ = ["Division", "Part", "Runs", "run_nodes", "shown"]
 
 _SHAPE_ATTRIBUTES: Final = frozenset({"shape", "dtype", "device", "ndim"})
 _SHAPE_METHODS: Final = frozenset({"size", "dim", "numel", "ndimension", "nelement"})
@@ -184,7 +184,7 @@ def run_nodes(traced: fx.GraphModule, nodes: Iterable[fx.Node], known: dict[fx.N
             known[node] = interpreter.run_node(node)
         except Exception as error:  # the model's own code, which may raise anything
             told = " ".join(str(error).split())[:300]
-            raise CutError(f"{node.name!r} fails on the example ({type(error).__name__}: {told})") from error
+            raise CutError(f"{shown(node)!r} fails on the example ({type(error).__name__}: {told})") from error
 
 
 def _missing(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
@@ -194,3 +194,8 @@ def _missing(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
         if source not in known:
             missing += [*_missing(source, known), source]
     return missing
+
+
+def shown(node: fx.Node) -> str:
+    """What messages call a node: a submodule or an input by its own name, anything else by that of its function."""
+    return str(node.target) if node.op in ("call_module", "placeholder", "get_attr") else node.name

@@ -15,10 +15,20 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from client_side.division import Division, Part, Runs
+from client_side.division import Division, Part, Runs, shown
 from wire.errors import CutError
 
-__all__ = ["Divided", "Leaf", "crossing_leaves", "divide", "refuse_inputs", "refuse_without_rows"]
+__all__ = [
+    "Divided",
+    "Leaf",
+    "crossing_leaves",
+    "divide",
+    "refuse_changed",
+    "refuse_inputs",
+    "refuse_raw",
+    "refuse_without_rows",
+    "share_memory",
+]
 
 _CONSTANTS: Final = (bool, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(None))
 
@@ -34,7 +44,14 @@ class Leaf:
     @property
     def name(self) -> str:
         """As messages call it."""
-        return repr(self.node.name + "".join(f"[{key!r}]" for key in self.path))
+        node, path = self.node, list(self.path)
+        while (
+            node.target is operator.getitem
+            and isinstance(node.args[0], fx.Node)
+            and isinstance(node.args[1], int | str)
+        ):
+            node, path = node.args[0], [node.args[1], *path]
+        return repr(shown(node) + "".join(f"[{key}]" for key in path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +119,8 @@ def _outline(
         if isinstance(one, int) and not isinstance(one, bool):
             return _size(node, one, other, rows)
     raise CutError(
-        f"{node.name!r} is {type(one).__name__} on one side of a cut and needed on the other: only tensors, tuples of "
-        "them and sizes can cross. Move the cut so that both fall on one side.",
+        f"{shown(node)!r} is {type(one).__name__} on one side of a cut and needed on the other: only tensors, tuples "
+        "of them and sizes can cross. Move the cut so that both fall on one side.",
     )
 
 
@@ -113,8 +130,8 @@ def _size(node: fx.Node, one: int, other: int, rows: tuple[int, int]) -> int | _
     if one % rows[0] == 0 and one * rows[1] == other * rows[0]:
         return _Rows(one // rows[0])
     raise CutError(
-        f"the size {node.name!r} is {one} for {rows[0]} rows and {other} for {rows[1]}: only sizes that are fixed or a "
-        "multiple of the batch size can cross a cut. Move the cut so that it is used where it is made.",
+        f"the size {shown(node)!r} is {one} for {rows[0]} rows and {other} for {rows[1]}: only sizes that are fixed or "
+        "a multiple of the batch size can cross a cut. Move the cut so that it is used where it is made.",
     )
 
 
@@ -171,8 +188,8 @@ def refuse_inputs(division: Division) -> None:
         if node in division.inputs:
             user = next(user for user in node.users if division.part(user) is Part.MIDDLE)
             raise CutError(
-                f"the middle reads the input {node.name!r} itself (at {user.name!r}): your raw data would leave. "
-                f"Choose a front behind {division.front!r} that takes it in, or a head that starts at {user.name!r}.",
+                f"the middle reads the input {shown(node)!r} itself (at {shown(user)!r}): your raw data would leave. "
+                f"Choose a front behind {division.front!r} that takes it in, or a head that starts at {shown(user)!r}.",
             )
 
 
@@ -189,6 +206,45 @@ def refuse_without_rows(name: str, values: Sequence[torch.Tensor], rows: Sequenc
                 "that crosses needs the batch as its dimension 0. Move the cut so that it is used where it is made, or "
                 "let it be made on the other side (from a buffer of its own).",
             )
+
+
+def refuse_raw(up: Iterable[Leaf], inputs: Sequence[torch.Tensor]) -> None:
+    """Refuses to send what is nothing but an input.
+
+    Raises:
+        CutError: naming it.
+    """
+    for leaf in up:
+        if any(share_memory(leaf.values[0], x) for x in inputs):
+            raise CutError(
+                f"the tensor {leaf.name} that crosses the cut is an input itself, at most reshaped: your raw data "
+                "would leave. Choose a front that takes it in.",
+            )
+
+
+def refuse_changed(up: Sequence[Leaf], kept: Sequence[Leaf], changed: Iterable[torch.Tensor]) -> None:
+    """Refuses a middle that changes what is also needed elsewhere: a node changes a copy of its own.
+
+    Args:
+        up: what crosses.
+        kept: what the head reads.
+        changed: those tensors of ``up`` that the middle changes in place.
+
+    Raises:
+        CutError: naming it.
+    """
+    for tensor in changed:
+        for leaf in (*kept, *(leaf for leaf in up if leaf.values[0] is not tensor)):
+            if share_memory(leaf.values[0], tensor):
+                raise CutError(
+                    f"the middle changes the tensor {leaf.name} in place, and it is also needed elsewhere: use the "
+                    "operator that is not in place (such as nn.ReLU(inplace=False)), or move the cut.",
+                )
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one is a view of the other, or both are of a third; fake tensors have memory too, in this respect."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)  # noqa: SLF001 -- the storage's identity
 
 
 def hold_size(now: int, factor: int, size: int, batch: torch.Tensor, name: str) -> None:

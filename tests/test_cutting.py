@@ -562,17 +562,17 @@ class Chain(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 4))
         self.between = between
 
-    def forward(self, x: Tensor) -> Any:  # noqa: ANN401 -- what the test makes
+    def forward(self, x: Tensor) -> Any:
         return self.between(self, x, self.stem(x))
 
 
-def reshaped_input(m: Chain, x: Tensor, _: Tensor) -> Any:  # noqa: ANN401 -- as forward
+def reshaped_input(m: Chain, x: Tensor, _: Tensor) -> Any:
     flat = x.view(-1, 4)
     return m.head(m.body(m.stem(flat) + flat))
 
 
 def scaled_by(size: Callable[[int], int]) -> Callable[[Chain, Tensor, Tensor], Any]:
-    def between(m: Chain, _: Tensor, h: Tensor) -> Any:  # noqa: ANN401 -- as forward
+    def between(m: Chain, _: Tensor, h: Tensor) -> Any:
         factor = size(h.shape[0])
         return m.head(m.body[1](m.body[0](h)) * factor)
 
@@ -635,7 +635,7 @@ PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
             Chain(lambda m, _, h: m.head(m.body[1](m.body[0](h.sum(0))))),
             "body.0",
             "head",
-            "the tensor 'body_0' crosses the cut with shape \\(4,\\) for 6 rows",
+            "the tensor 'body.0' crosses the cut with shape \\(4,\\) for 6 rows",
         ),
         (
             Chain(lambda m, _, h: m.head(m.body(m.relu(h))) + h),
