@@ -15,7 +15,7 @@ import torch
 from client_side.stream import Stream, patiently
 from protos import node_pb2, node_pb2_grpc
 from wire.channels import connect, wait_ready
-from wire.codec import check_finite, decode, encode, payload_bytes
+from wire.codec import check_finite, decode, encode, encode_into, payload_bytes
 from wire.errors import CloisterError, ConfigError, LimitExceededError, MessageRejectedError, error_from_rpc
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
@@ -199,17 +199,17 @@ class Link:
         update: bool = False,
     ) -> None:
         """Sends one frame; its answer comes from :meth:`receive`, in the order of sending."""
-        frame = node_pb2.Frame(
-            step=step,
-            micro_batch=micro_batch,
-            phase=phase,
-            update=update,
-            tensors=[encode(t) for t in tensors],
-            labels=None if labels is None else encode(labels),
-            loss_weight=loss_weight,
-        )
-        self._up += sum(t.nbytes for t in tensors) + (0 if labels is None else labels.nbytes)
-        self._train.send(node_pb2.TrainRequest(frame=frame))
+        request = node_pb2.TrainRequest()
+        frame = request.frame
+        frame.step, frame.micro_batch, frame.phase = step, micro_batch, phase
+        frame.update, frame.loss_weight = update, loss_weight
+        for tensor in tensors:
+            encode_into(frame.tensors.add(), tensor)
+            self._up += tensor.nbytes
+        if labels is not None:
+            encode_into(frame.labels, labels)
+            self._up += labels.nbytes
+        self._train.send(request)
 
     def receive(self) -> Answer:
         """The answer of the oldest unanswered frame.

@@ -93,6 +93,8 @@ class StepRunner:
         self._flying: deque[_Flying] = deque()
         head = set() if cut.head is None else set(cut.head.parameters())
         self._tied = [p for p in cut.front.parameters() if p in head and p.requires_grad]
+        # A parameter that front and head share moves once both have added their gradients.
+        self._head_first = cut.head is not None and not self._tied
         self.node_s = 0.0
 
     def run(self, step: int, batch: list[MicroBatch]) -> float:
@@ -110,7 +112,10 @@ class StepRunner:
             answer = self._link.receive()
             self.node_s += answer.compute_s
             if answer.phase == node_pb2.PHASE_FORWARD:
-                total += self._head(step, answer, last=answer.micro_batch == len(batch) - 1)
+                last = answer.micro_batch == len(batch) - 1
+                total += self._head(step, answer, last=last)
+                if last and self._head_first:
+                    self._optimizers[-1].apply(step)  # the head has all its gradients: while the node goes backward
                 continue
             if answer.phase == node_pb2.PHASE_LOSS:
                 if not math.isfinite(answer.loss):
@@ -118,7 +123,7 @@ class StepRunner:
                 total += answer.loss * self._flying[0].weight
             self._backward(answer)
             done += 1
-        for optimizer in self._optimizers:
+        for optimizer in self._optimizers[:1] if self._head_first else self._optimizers:
             optimizer.apply(step)
         return total
 
@@ -154,7 +159,9 @@ class StepRunner:
         with stream(self._seed, "head", step, flying.number):
             loss = self._loss(self._cut.head(*received), flying.labels)
         with self._tied_apart(flying):
-            (loss * flying.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+            # A whole batch weighs 1.0: its product is the loss itself, to the bit.
+            weighted = loss if flying.weight == 1.0 else loss * flying.weight
+            weighted.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         self._link.send(
             step=step,
             micro_batch=flying.number,

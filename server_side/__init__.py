@@ -1,0 +1,1 @@
+"""The node: sessions, admission, the session table, and the gRPC service."""

@@ -1,7 +1,7 @@
 """Binds the node's methods, and the standard health check, to gRPC.
 
-Built from the service's descriptor, so that a method of the ``.proto`` cannot be forgotten. Health is bound here as well,
-since gRPC's own binding would wait for the request in a thread of the pool for as long as a peer likes.
+Built from the service's descriptor, so that a method of the ``.proto`` cannot be forgotten. Health is bound here as
+well, since gRPC's own binding would wait for the request in a thread of the pool for as long as a peer likes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _NODE = node_pb2.DESCRIPTOR.services_by_name["Node"]
 
 
-def node_handler(service: NodeService) -> grpc.GenericRpcHandler:
+def node_handler(service: NodeService) -> grpc.GenericRpcHandler[Any, Any]:
     """All methods of ``cloister.v1.Node``, each as a stream of requests."""
     handlers = {}
     for method in _NODE.methods:
-        bind = grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+        bind = (
+            grpc.stream_stream_rpc_method_handler if method.server_streaming else grpc.stream_unary_rpc_method_handler
+        )
         handlers[method.name] = bind(
             getattr(service, method.name),
             request_deserializer=parser(GetMessageClass(method.input_type)),
@@ -39,7 +41,7 @@ def node_handler(service: NodeService) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(_NODE.full_name, handlers)
 
 
-def health_handler(servicer: health.HealthServicer, callers: Callers) -> grpc.GenericRpcHandler:
+def health_handler(servicer: health.HealthServicer, callers: Callers) -> grpc.GenericRpcHandler[Any, Any]:
     """``grpc.health.v1.Health/Check``; the other methods hold a thread for each that asks, and are left out."""
 
     def check(requests: Iterator[Any], context: grpc.ServicerContext) -> health_pb2.HealthCheckResponse:

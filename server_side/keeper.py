@@ -1,4 +1,4 @@
-"""Who has which session: opening, attaching, expiring and closing, with the table, the accounts and the metrics kept true.
+"""Who has which session: opening, attaching, expiring, closing; the table, the accounts and the metrics kept true.
 
 A session belongs to the certificate that opened it; for everybody else it does not exist (T03). One stream of each kind
 at a time works on it: a newer one of the same owner takes over, since the older one's connection is likely dead.
@@ -52,7 +52,7 @@ class Stay:
 class Keeper:
     """All sessions of this node."""
 
-    def __init__(  # noqa: PLR0913 -- what a node is made of
+    def __init__(
         self,
         *,
         fingerprint: str,

@@ -39,7 +39,7 @@ REJECTED: Final = Rejected()
 
 def parser(kind: type[_M]) -> Callable[[bytes], _M | Rejected]:
     """A gRPC deserializer for ``kind``; gRPC itself would answer a peer's garbage as a defect of ours."""
-    descriptor = kind.DESCRIPTOR
+    descriptor: Any = kind.DESCRIPTOR  # two classes, one for each implementation of protobuf
 
     def parse(data: bytes) -> _M | Rejected:
         # What is small cannot grow large: the walk is for the rest.

@@ -74,7 +74,9 @@ def pick_device(wanted: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device {wanted!r}: use auto, cpu or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+        raise ConfigError(
+            f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {wanted!r}: use auto, cpu or cuda:N")
     return device

@@ -14,7 +14,7 @@ from server_side.accounts import Accounts, Limits, Reservation
 from server_side.session import ANSWERS_BYTES, SessionPlan, run_bytes
 from wire.errors import LimitExceededError, MessageRejectedError, ProgramRejectedError, SpecRejectedError
 from wire.program import Program, ProgramLimits, decode_program, program_digest
-from wire.recipe import AdamW, Adam, Optimizer, loss_from_proto, optimizer_from_proto
+from wire.recipe import Adam, AdamW, Optimizer, loss_from_proto, optimizer_from_proto
 from wire.state import gather, load_state
 
 __all__ = ["Opening", "plan_of", "read_program", "read_spec", "read_state"]
@@ -138,7 +138,9 @@ def read_state(
     """
     copies = 2 + _optimizer_slots(plan.optimizer)  # the tensors, their gradients, the optimizer's own
     if spec.state_bytes > copies * program.state_bytes + _HEADER_BYTES:
-        raise SpecRejectedError(f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}")
+        raise SpecRejectedError(
+            f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}"
+        )
     held = copies * program.state_bytes
     made = max(
         run_bytes(program, graph, plan.max_rows, plan.activation_bytes_per_micro_batch)

@@ -1,12 +1,12 @@
 """The gRPC service: authorises every call, hands it to the sessions, and turns errors into statuses.
 
-A stream is served by the thread that gRPC gave it, which is the session's worker while the stream lasts: a frame costs no
-hand-over between threads. Back-pressure is HTTP/2's: the next frame is read when the last one is answered. Where
-several micro-batches are in flight, a reader takes frames ahead into a queue of exactly that length, so that they arrive
-while the session computes.
+A stream is served by the thread that gRPC gave it, which is the session's worker while the stream lasts: a frame costs
+no hand-over between threads. Back-pressure is HTTP/2's: the next frame is read when the last one is answered. Where
+several micro-batches are in flight, a reader takes frames ahead into a queue of exactly that length, so that they
+arrive while the session computes.
 
-Every method takes its requests as a stream, also where the peer sends just one: gRPC would wait for that one in a thread
-of the pool before anybody asks who is calling. On the wire the two are the same.
+Every method takes its requests as a stream, also where the peer sends just one: gRPC would wait for that one in a
+thread of the pool before anybody asks who is calling. On the wire the two are the same.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class NodeService:
                 if answer.updated:
                     metrics.step_applied()
                 yield answer
+                stay.session.settle()  # while the answer travels and the owner goes on
 
     def Infer(
         self,
@@ -212,7 +213,7 @@ class NodeService:
 
         def hang_up() -> None:
             ended.set()
-            context.cancel()
+            context.cancel()  # type: ignore[no-untyped-call]  # the stubs leave it bare
 
         self._keeper.attach(stay, kind, hang_up)
         self._keeper.callers.settle(call)

@@ -1,10 +1,11 @@
 """One session: a middle, its optimizer and its place in the training, with no network in sight.
 
-A session is a state machine over frames. Within a step, forwards come in the order of their micro-batches, and backwards in
-any order, each after its forward (gradients add up in that order); the frame marked ``update`` ends the step. A frame that was answered before is
-answered from memory (nothing is computed twice); one that cannot follow is refused and changes nothing. Answers are
-kept until the first new frame of the step after theirs, since an owner sends that only when it has them all; of a step
-that makes very many, the oldest are forgotten sooner.
+A session is a state machine over frames. Within a step, forwards come in the order of their micro-batches, and
+backwards in any order, each after its forward (gradients add up in that order); the frame marked ``update`` ends the
+step. A frame that was answered before is answered from memory (nothing is computed twice); one that cannot follow is
+refused and changes nothing. The update itself may run while its answer travels, and before anything else does
+(:meth:`Session.settle`). Answers are kept until the first new frame of the step after theirs, since an owner sends that
+only when it has them all; of a step that makes very many, the oldest are forgotten sooner.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import nn
 
-from protos import node_pb2, program_pb2
-from wire.codec import check_finite, decode, encode, owned, payload_bytes
+from protos import node_pb2, program_pb2, tensor_pb2
+from wire.codec import check_finite, decode, encode, encode_into, owned, payload_bytes
 from wire.errors import (
     ComputeError,
     LimitExceededError,
@@ -33,7 +34,7 @@ from wire.errors import (
     WireError,
 )
 from wire.interpreter import Runner, activation_bytes, check_state
-from wire.program import Graph, Program
+from wire.program import Graph, Program, State
 from wire.recipe import SGD, Loss, Optimizer, PartOptimizer, stream_seed
 from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
 
@@ -61,7 +62,7 @@ class SessionPlan:
     """What a session's spec asks for, checked."""
 
     session_id: bytes
-    topology: node_pb2.Topology
+    topology: node_pb2.Topology.ValueType
     loss: Loss | None
     optimizer: Optimizer
     seed: int
@@ -125,6 +126,8 @@ class Session:
         self._answers: dict[tuple[int, int, int], node_pb2.TrainResponse] = {}
         self._answers_step, self._answers_bytes = plan.first_step, 0
         self._broken = ""
+        self._due: int | None = None
+        self._settled_s = 0.0
         self.last_used = time.monotonic()
 
     @property
@@ -155,6 +158,7 @@ class Session:
             SessionLostError: an update failed half-way before; the session can only be closed.
         """
         with self._lock:
+            self._settle()
             self.last_used = time.monotonic()
             known = self._answers.get((frame.step, frame.micro_batch, frame.phase))
             if known is not None:
@@ -168,12 +172,24 @@ class Session:
             answer = self._phase(frame)
             answer.step, answer.micro_batch, answer.phase = frame.step, frame.micro_batch, frame.phase
             if frame.update or frame.phase == node_pb2.PHASE_UPDATE:
-                self._update()
+                self._due = self._step
+                self._step += 1
+                self._forwards = self._backwards = 0
                 answer.updated = True
-            answer.compute_s = time.perf_counter() - started
+            answer.compute_s = time.perf_counter() - started + self._settled_s
+            self._settled_s = 0.0
             self._remember(frame, answer)
             self.last_used = time.monotonic()
             return answer
+
+    def settle(self) -> None:
+        """Applies the update that the last answer announced, so that it need not wait for the next frame.
+
+        Raises:
+            SessionLostError: the update failed half-way; the session can only be closed.
+        """
+        with self._lock:
+            self._settle()
 
     def infer(self, batch: node_pb2.Batch) -> node_pb2.InferResponse:
         """The middle's outputs in evaluation mode; changes nothing.
@@ -182,6 +198,7 @@ class Session:
             TensorRejectedError, LimitExceededError, NonFiniteError, ComputeError: the batch's tensors.
         """
         with self._lock:
+            self._settle()
             self.last_used = time.monotonic()
             inputs = self._inputs(batch.tensors, training=False)
             with torch.no_grad(), self._computing(training=False):
@@ -197,6 +214,7 @@ class Session:
             SessionLostError: an update failed half-way before.
         """
         with self._lock:
+            self._settle()
             self.last_used = time.monotonic()
             if self._broken:
                 raise SessionLostError(self._broken)
@@ -257,7 +275,7 @@ class Session:
     def _forward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
         pending, answer = self._run(
             frame,
-            lambda outputs: node_pb2.TrainResponse(tensors=[encode(output) for output in outputs]),
+            _answer_of,
         )
         self._pending[frame.micro_batch] = pending
         self._forwards += 1
@@ -276,12 +294,12 @@ class Session:
                     f"{output.dtype} {tuple(output.shape)}",
                 )
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-        with self._applying("backward"):
+        with self._applying("backward", frame.step):
             if pairs:
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         del self._pending[frame.micro_batch]
         self._backwards += 1
-        return node_pb2.TrainResponse(tensors=self._input_gradients(pending))
+        return _answer_of(self._input_gradients(pending))
 
     def _loss(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
         function = self._plan.loss
@@ -298,11 +316,15 @@ class Session:
             return loss
 
         pending, loss = self._run(frame, judge)
-        with self._applying("loss"):
-            (loss * frame.loss_weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        with self._applying("loss", frame.step):
+            # A whole batch weighs 1.0: its product is the loss itself, to the bit.
+            weighted = loss if frame.loss_weight == 1.0 else loss * frame.loss_weight
+            weighted.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         self._forwards += 1
         self._backwards += 1
-        return node_pb2.TrainResponse(tensors=self._input_gradients(pending), loss=loss.item())
+        answer = _answer_of(self._input_gradients(pending))
+        answer.loss = loss.item()
+        return answer
 
     def _run(self, frame: node_pb2.Frame, then: Callable[[list[torch.Tensor]], _T]) -> tuple[_Pending, _T]:
         """A forward, and ``then`` on its outputs; if either refuses, nothing has changed."""
@@ -357,13 +379,13 @@ class Session:
                 tensor.requires_grad_(tensor.is_floating_point())
         return inputs
 
-    def _receive(self, message: Any, what: str) -> torch.Tensor:
+    def _receive(self, message: tensor_pb2.Tensor, what: str) -> torch.Tensor:
         tensor = decode(message, max_bytes=self._plan.tensor_bytes)
         check_finite(tensor, what)
         return owned(tensor, self._device)
 
     def _admit(self, training: bool, rows: int) -> None:  # noqa: FBT001 -- a key of what was admitted
-        """Bounds what a run over ``rows`` rows allocates, once for each count: a hostile graph may grow as rows shrink."""
+        """Bounds what a run over ``rows`` rows allocates, once for each count: hostile graphs grow as rows shrink."""
         if (training, rows) in self._admitted:
             return
         graph = self._program.train if training else self._program.eval
@@ -373,11 +395,11 @@ class Session:
         run_bytes(self._program, graph, rows, self._plan.activation_bytes_per_micro_batch)
         self._admitted.add((training, rows))
 
-    def _input_gradients(self, pending: _Pending) -> list[Any]:
+    def _input_gradients(self, pending: _Pending) -> list[torch.Tensor]:
         if not self._plan.want_input_gradients:
             return []
         leaves = [x for x in pending.inputs if x.is_floating_point()]
-        return [encode(torch.zeros_like(x) if x.grad is None else x.grad) for x in leaves]
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
     @contextmanager
     def _computing(self, *, training: bool) -> Iterator[None]:
@@ -395,19 +417,22 @@ class Session:
                 _DRAWING.release()
 
     @contextmanager
-    def _applying(self, what: str) -> Iterator[None]:
+    def _applying(self, what: str, step: int) -> Iterator[None]:
         """Around what cannot be taken back: a failure inside leaves gradients half-added, so the session ends."""
         try:
             yield
         except Exception as error:
-            self._broken = f"the {what} of step {self._step} failed ({type(error).__name__}); open a new session"
+            self._broken = f"the {what} of step {step} failed ({type(error).__name__}); open a new session"
             raise SessionLostError(self._broken) from error
 
-    def _update(self) -> None:
-        with self._applying("update"):
-            self._optimizer.apply(self._step)
-        self._step += 1
-        self._forwards = self._backwards = 0
+    def _settle(self) -> None:
+        """The update that is due: applied once its step's last answer is made, before anything else happens."""
+        if self._due is None:
+            return
+        started, due, self._due = time.perf_counter(), self._due, None
+        with self._applying("update", due):
+            self._optimizer.apply(due)
+        self._settled_s = time.perf_counter() - started
 
     def _remember(self, frame: node_pb2.Frame, answer: node_pb2.TrainResponse) -> None:
         if self._answers_step != frame.step:
@@ -435,7 +460,9 @@ class Session:
                 raise StateRejectedError(f"optimizer state {slot!r} of {name!r} is not this optimizer's")
             optimizer.state[parameter][slot] = tensor.to(home, copy=True)
         for name, parameter in self._parameters.items():
-            missing = self._slots - optimizer.state[parameter].keys() if optimizer and parameter in optimizer.state else ()
+            missing = (
+                self._slots - optimizer.state[parameter].keys() if optimizer and parameter in optimizer.state else ()
+            )
             if missing:
                 raise StateRejectedError(f"the optimizer state of {name!r} is without its {', '.join(sorted(missing))}")
 
@@ -465,7 +492,14 @@ def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
         return known
 
 
-def _place(spec: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _answer_of(tensors: Sequence[torch.Tensor]) -> node_pb2.TrainResponse:
+    answer = node_pb2.TrainResponse()
+    for tensor in tensors:
+        encode_into(answer.tensors.add(), tensor)
+    return answer
+
+
+def _place(spec: State, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     own = tensor.to(device, copy=True)
     if spec.kind == program_pb2.STATE_KIND_PARAMETER:
         return nn.Parameter(own, requires_grad=spec.requires_grad)

@@ -79,6 +79,7 @@ def bits(tensor: torch.Tensor | None) -> bytes:
 
 def trace_of(session: Session) -> list[object]:
     """Everything that frames may move, to the bit."""
+    session.settle()
     found: list[object] = [session._step, session._forwards, session._backwards, sorted(session._pending)]
     found += [(bits(value), bits(value.grad)) for value in session._values]
     optimizer = session._optimizer.torch
@@ -228,7 +229,9 @@ def test_a_frozen_front_gets_no_input_gradients() -> None:
 def test_batches_of_other_sizes_are_taken_up_to_the_largest() -> None:
     session = open_session(job())
 
-    feed(session, [forward(0, 0, rows=8), forward(0, 1, rows=2), backward(0, 0, rows=8), backward(0, 1, 2, update=True)])
+    feed(
+        session, [forward(0, 0, rows=8), forward(0, 1, rows=2), backward(0, 0, rows=8), backward(0, 1, 2, update=True)]
+    )
 
     assert session.next_step == 1
 
@@ -381,7 +384,11 @@ REFUSED: dict[str, tuple[Callable[[], node_pb2.Frame], type[WireError], str]] = 
     "too many rows": (lambda: frame(1, 2, FORWARD, torch.ones(9, 3)), LimitExceededError, "9 rows; .* 8"),
     "an unknown dtype": (lambda: lying(dtype=77), TensorRejectedError, "unknown dtype 77"),
     "no dtype": (lambda: lying(dtype=0), TensorRejectedError, "unknown dtype"),
-    "a dtype that never travels in frames": (lambda: lying(dtype=tensor_pb2.D_TYPE_FLOAT64), TensorRejectedError, "dtype"),
+    "a dtype that never travels in frames": (
+        lambda: lying(dtype=tensor_pb2.D_TYPE_FLOAT64),
+        TensorRejectedError,
+        "dtype",
+    ),
     "an unknown codec": (lambda: lying(codec=9), TensorRejectedError, "unknown codec 9"),
     "a header above its data": (lambda: lying(shape=[5, 3]), TensorRejectedError, "claims 60 bytes before 48"),
     "a header below its data": (lambda: lying(shape=[3, 3]), TensorRejectedError, "claims 36 bytes before 48"),
@@ -390,7 +397,11 @@ REFUSED: dict[str, tuple[Callable[[], node_pb2.Frame], type[WireError], str]] = 
     "an endless rank": (lambda: lying(shape=[1] * 9), TensorRejectedError, "9 dimensions"),
     "a skipped step": (lambda: forward(2, 0), StepOutOfOrderError, "step 2; expected 1"),
     "an older step": (lambda: forward(0, 1), StepOutOfOrderError, "step 0; expected 1"),
-    "the last step number there is": (lambda: node_pb2.Frame(step=2**64 - 1, phase=FORWARD), StepOutOfOrderError, "expected 1"),
+    "the last step number there is": (
+        lambda: node_pb2.Frame(step=2**64 - 1, phase=FORWARD),
+        StepOutOfOrderError,
+        "expected 1",
+    ),
     "a skipped micro-batch": (lambda: forward(1, 3), StepOutOfOrderError, "forward of micro-batch 3 after 2"),
     "a backward before its forward": (lambda: backward(1, 2), StepOutOfOrderError, "backward of micro-batch 2"),
     "an update with another number": (
@@ -489,12 +500,20 @@ REFUSED_LOSSES: dict[str, tuple[Callable[[], node_pb2.Frame], type[WireError], s
     "labels of floats": (lambda: vanilla(RIGHT.float()), TensorRejectedError, "int64"),
     "too few labels": (lambda: vanilla(RIGHT[:3]), TensorRejectedError, r"labels \(3,\) for an output \(4, 2\)"),
     "labels of another rank": (lambda: vanilla(RIGHT.reshape(4, 1)), TensorRejectedError, "labels"),
-    "no labels": (lambda: node_pb2.Frame(step=1, phase=LOSS, tensors=[encode(x42)], loss_weight=1.0), TensorRejectedError, "unknown dtype 0"),
+    "no labels": (
+        lambda: node_pb2.Frame(step=1, phase=LOSS, tensors=[encode(x42)], loss_weight=1.0),
+        TensorRejectedError,
+        "unknown dtype 0",
+    ),
     "no weight": (lambda: vanilla(RIGHT, 0.0), MessageRejectedError, "loss weight"),
     "too much weight": (lambda: vanilla(RIGHT, 1.5), MessageRejectedError, "loss weight"),
     "a negative weight": (lambda: vanilla(RIGHT, -0.5), MessageRejectedError, "loss weight"),
     "a weight of NaN": (lambda: vanilla(RIGHT, NAN), MessageRejectedError, "loss weight"),
-    "numbers that overflow on the way": (lambda: vanilla(RIGHT, x=x42.sign() * 3e38), NonFiniteError, "the loss: 1 of 1"),
+    "numbers that overflow on the way": (
+        lambda: vanilla(RIGHT, x=x42.sign() * 3e38),
+        NonFiniteError,
+        "the loss: 1 of 1",
+    ),
     "a phase of the other topology": (lambda: forward(1, 0), MessageRejectedError, "topology"),
 }
 
@@ -617,8 +636,9 @@ def test_T07_an_update_that_fails_half_way_ends_the_session(monkeypatch: pytest.
 
     monkeypatch.setattr(session._optimizer, "apply", fail)
 
+    assert session.train(backward(0, 0, update=True)).updated
     with pytest.raises(SessionLostError, match=r"the update of step 0 failed \(RuntimeError\); open a new session"):
-        session.train(backward(0, 0, update=True))
+        session.settle()
     with pytest.raises(SessionLostError):
         session.train(forward(0, 1))
     with pytest.raises(SessionLostError):

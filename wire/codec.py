@@ -30,6 +30,7 @@ __all__ = [
     "decode",
     "dtype_number",
     "encode",
+    "encode_into",
     "owned",
     "payload_bytes",
 ]
@@ -83,15 +84,27 @@ def encode(tensor: torch.Tensor) -> tensor_pb2.Tensor:
     Raises:
         TensorRejectedError: its dtype does not travel in frames.
     """
-    if tensor.dtype not in FRAME_DTYPES:
-        raise TensorRejectedError(f"frames carry no {tensor.dtype}; use one of {sorted(map(str, FRAME_DTYPES))}")
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return tensor_pb2.Tensor(
-        dtype=_NUMBERS[tensor.dtype],  # type: ignore[arg-type]  # as above
-        codec=tensor_pb2.CODEC_RAW,
-        shape=tensor.shape,
-        data=flat.view(torch.uint8).numpy().tobytes(),
-    )
+    message = tensor_pb2.Tensor()
+    encode_into(message, tensor)
+    return message
+
+
+def encode_into(message: tensor_pb2.Tensor, tensor: torch.Tensor) -> None:
+    """Fills ``message``, an empty part of a larger one, with ``tensor``: a message that is put into another is copied.
+
+    Raises:
+        TensorRejectedError: its dtype does not travel in frames.
+    """
+    dtype = tensor.dtype
+    if dtype not in FRAME_DTYPES:
+        raise TensorRejectedError(f"frames carry no {dtype}; use one of {sorted(map(str, FRAME_DTYPES))}")
+    plain = tensor.detach().cpu().contiguous()
+    if dtype is torch.bfloat16:  # numpy has none
+        plain = plain.view(torch.int16)
+    message.dtype = _NUMBERS[dtype]  # type: ignore[assignment]  # as above
+    message.codec = tensor_pb2.CODEC_RAW
+    message.shape.extend(tensor.shape)
+    message.data = plain.numpy().tobytes()
 
 
 def decode(message: tensor_pb2.Tensor, *, max_bytes: int = MAX_TENSOR_BYTES) -> torch.Tensor:
