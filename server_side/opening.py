@@ -127,6 +127,7 @@ def read_state(
     spec: node_pb2.SessionSpec,
     plan: SessionPlan,
     program: Program,
+    *,
     owner: str,
     accounts: Accounts,
 ) -> Opening:

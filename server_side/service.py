@@ -100,7 +100,7 @@ class NodeService:
                 raise DrainingError("this node is shutting down and takes no new sessions; use another")
             plan = plan_of(spec, self._keeper.limits)
             program = read_program(parts, spec, self._keeper.limits)
-            opening = read_state(parts, spec, plan, program, call.owner, self._keeper.accounts)
+            opening = read_state(parts, spec, plan, program, owner=call.owner, accounts=self._keeper.accounts)
             stay = self._keeper.open(call.owner, spec, opening)
             return _opened(stay, already=stay.reservation is not opening.reservation)
         raise AssertionError  # telling() aborts
