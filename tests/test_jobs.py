@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,9 +273,19 @@ def test_tied_weights_and_views_survive_a_file_and_the_same_model_hashes_the_sam
     loaded = load_weights(after, tmp_path / "a.safetensors")
 
     assert first == again == loaded
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors").keys() == {"embed.weight", "flat", "view", "empty"}
     assert after.out.weight is after.embed.weight
     assert all(torch.equal(after.state_dict()[name], t) for name, t in before.state_dict().items())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_safetensors_own_loader_reads_tied_weights_too(tmp_path: Path) -> None:
+    before, after = (nn.ModuleDict({"a": layer, "b": layer}) for layer in (nn.Linear(3, 2), nn.Linear(3, 2)))
+    save_weights(before, tmp_path / "w.safetensors")
+
+    safetensors.torch.load_model(after, tmp_path / "w.safetensors")
+
+    assert torch.equal(after.state_dict()["b.weight"], before.state_dict()["b.weight"])
 
 
 def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path) -> None:
