@@ -57,7 +57,7 @@ def leaves_of(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
 
 def learn_from(output: Tensor) -> None:
     """A backward whose every element has a weight of its own, so that no two can be mixed up."""
-    output.backward(torch.linspace(-1, 1, output.numel()).reshape(output.shape))  # type: ignore[no-untyped-call]  # torch's
+    output.backward(torch.linspace(-1, 1, output.numel()).reshape(output.shape))
 
 
 def same_gradient(one: Tensor, other: Tensor) -> bool:
@@ -715,6 +715,61 @@ def test_a_cut_that_cannot_be_is_refused_with_what_to_do(
         cut(model, front=front, head=head, example=x)
 
 
+def test_two_parameters_made_of_the_same_memory_are_refused_across_a_cut() -> None:
+    model = Chain(lambda m, _, h: m.head(m.body(h)))
+    model.body[0].weight = nn.Parameter(model.stem.weight.detach())
+
+    with pytest.raises(CutError, match=r"'stem.weight' on your side is also 'body\.0\.weight' of the middle"):
+        cut(model, front="stem", head="head", example=torch.randn(4, 4))
+
+
+def test_a_submodule_under_two_names_is_named_by_its_first() -> None:
+    model = Chain(lambda m, _, h: m.head(m.body(h)))
+    model.again = model.stem
+
+    with pytest.raises(CutError, match="the submodule 'again' is also called 'stem': name it so"):
+        cut(model, front="again", head="head", example=torch.randn(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("hooked", "complaint"),
+    [("", "the model itself has hooks"), ("body", "'body' has hooks"), ("stem", None)],
+)
+def test_hooks_that_no_part_would_run_are_refused(hooked: str, complaint: str | None) -> None:
+    model = Chain(lambda m, _, h: m.head(m.body(h)))
+    calls = []
+    model.get_submodule(hooked).register_forward_hook(lambda *_: calls.append(1))
+
+    if complaint is not None:
+        with pytest.raises(CutError, match=f"{complaint}, which no part of a cut would run"):
+            cut(model, front="body.0", head="head", example=torch.randn(4, 4))
+        return
+    made = cut(model, front="body.0", head="head", example=torch.randn(4, 4))
+    calls.clear()
+    made.front(torch.randn(3, 4))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        (1, "the example gives 1 tensors; the model's forward takes \\(image, codes, scale, mask\\)"),
+        (5, "the example gives 5 tensors; the model's forward takes \\(image, codes, scale, mask\\)"),
+    ],
+)
+def test_an_example_with_another_number_of_inputs_is_refused(inputs: int, complaint: str) -> None:
+    with pytest.raises(CutError, match=complaint):
+        cut(TwoInputs(), front="image", head="head", example=[torch.randn(4, 6)] * inputs)
+
+
+@pytest.mark.parametrize(
+    "example", [torch.randn(1, 5), torch.tensor(1.0), [], [torch.randn(4, 5), torch.randn(3, 5)], ["x"]]
+)
+def test_an_example_that_is_no_batch_is_refused(example: Any) -> None:
+    with pytest.raises(CutError, match="the example"):
+        cut(Skips(), front="stem", head="head", example=example)
+
+
 # --- Through a real node ----------------------------------------------------------------------------------------------
 
 
@@ -765,7 +820,7 @@ def plainly_trained(
             optimizer.zero_grad()
             for part, target in zip(x.chunk(count), labels.chunk(count), strict=True):
                 loss = F.cross_entropy(model(part), target) * (len(part) / len(x))
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+                loss.backward()
             optimizer.step()
     return dict(model.state_dict())
 

@@ -146,9 +146,9 @@ class Entangled(nn.Module):
         flat = x.view(-1, 4)
         a = self.a(flat)
         b = self.b(a) + flat
-        place = self.place(x.shape[1] * torch.ones(1, dtype=torch.int64) // 4)
-        c = self.c(self.relu(b)) + place
-        out: Tensor = self.e(self.d(c)) + b.mean(1, keepdim=True)
+        c = self.c(self.relu(b))
+        c = c + self.place(x.shape[1] * torch.ones(1, dtype=torch.int64) // 4)
+        out: Tensor = self.e(self.d(c)) + a.mean(1, keepdim=True)
         return out
 
 
@@ -171,7 +171,8 @@ def test_what_forbids_a_cut_is_said_and_is_what_cutting_says() -> None:
 def test_a_check_finds_what_only_a_real_cut_can() -> None:
     class Odd(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.special.i0e(x)
+            made: Tensor = torch.special.i0e(x)
+            return made
 
     model = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 4), nn.Linear(4, 2))
 
@@ -207,7 +208,7 @@ def test_recommended_is_the_deepest_of_the_cheapest_that_leave_little_work_here(
 def test_a_model_that_cannot_be_surveyed_says_what_to_do() -> None:
     class Deciding(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.neg() if x.sum() > 0 else x.abs()
+            return torch.neg(x) if x.sum() > 0 else torch.abs(x)
 
     with pytest.raises(CutError, match=r"cloister\.Cut\(front=…, middle=…, head=…\)"):
         survey(Deciding(), torch.randn(4, 4))
