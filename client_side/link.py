@@ -14,7 +14,8 @@ import torch
 
 from client_side.stream import Stream, patiently
 from protos import node_pb2, node_pb2_grpc
-from wire.channels import connect, wait_ready
+from wire.certificates import fingerprint_of, read_certificate_file
+from wire.channels import connect, parse_pin, wait_ready
 from wire.codec import check_finite, decode, encode, encode_into, payload_bytes
 from wire.errors import CloisterError, ConfigError, LimitExceededError, MessageRejectedError, error_from_rpc
 from wire.identity import Identity
@@ -56,6 +57,18 @@ class NodeAddress:
                 "certificate or a CA",
             )
         return cls(target=target, pin=pin)
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the one certificate that is meant; empty where a CA vouches for whoever answers.
+
+        Raises:
+            ConfigError, IdentityError: a pin that is none, a file that holds no certificate.
+        """
+        if self.pin is not None:
+            return bytes.fromhex(parse_pin(self.pin))
+        if self.certificate is not None:
+            return bytes.fromhex(fingerprint_of(read_certificate_file(self.certificate)))
+        return b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +127,7 @@ class Link:
             ca=address.ca,
         )
         self._reconnect_s, self._target = reconnect_s, address.target
+        self._fingerprint = address.fingerprint()
         self._stub = node_pb2_grpc.NodeStub(self._channel)
         self._session = b""
         self._up = self._down = self._most_state = 0
@@ -162,6 +176,7 @@ class Link:
         self._session = secrets.token_bytes(16)
         spec = node_pb2.SessionSpec(
             session_id=self._session,
+            node_fingerprint=self._fingerprint,  # sent on to another node, it opens nothing (T04)
             program_sha256=request.program_digest,
             program_bytes=len(request.program),
             state_sha256=sha256(state),

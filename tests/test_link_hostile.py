@@ -45,13 +45,13 @@ class LyingNode(node_pb2_grpc.NodeServicer):
         self.infer: Callable[[node_pb2.Batch], node_pb2.InferResponse] = lambda b: node_pb2.InferResponse(index=b.index)
         self.frames = 0
         self.streams = 0
+        self.specs: list[node_pb2.SessionSpec] = []
 
     def Describe(self, request: Any, context: Any) -> node_pb2.DescribeResponse:  # noqa: ARG002
         return node_pb2.DescribeResponse()
 
     def OpenSession(self, request_iterator: Any, context: Any) -> node_pb2.OpenSessionResponse:  # noqa: ARG002
-        for _ in request_iterator:
-            pass
+        self.specs += [request.spec for request in request_iterator if request.WhichOneof("part") == "spec"]
         return node_pb2.OpenSessionResponse()
 
     def Train(self, request_iterator: Any, context: Any) -> Any:
@@ -166,6 +166,23 @@ LIES = {
         "outputs are",
     ),
 }
+
+
+@pytest.mark.parametrize("known_by", ["pin", "certificate"])
+def test_T04_an_opening_names_the_one_node_that_it_is_meant_for(
+    lying: tuple[LyingNode, NodeAddress],
+    identities: tuple[cloister.Identity, cloister.Identity],
+    cut: cloister.Cut,
+    known_by: str,
+) -> None:
+    servicer, address = lying
+    if known_by == "certificate":
+        address = NodeAddress(target=address.target, certificate=identities[1].folder / "tls.crt")
+
+    with trainer(cut, address, identities[0]) as trained:
+        trained._open(ROWS)
+
+    assert [spec.node_fingerprint.hex() for spec in servicer.specs] == [identities[1].fingerprint]
 
 
 @pytest.mark.parametrize("lie", LIES)
