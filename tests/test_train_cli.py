@@ -182,7 +182,8 @@ def test_every_step_has_its_line_of_metrics(trained: Run) -> None:
     assert {tuple(line) for line in lines} == {tuple(METRICS)}
     assert [line["epoch"] for line in lines] == [1] * 23 + [2] * 23
     assert sum(line["rows"] for line in lines) == 2 * 1437
-    assert all(0 < line["node_seconds"] < line["seconds"] for line in lines)
+    # Over all steps: an update that the node ends after its answer counts with the next step's.
+    assert 0 < sum(line["node_seconds"] for line in lines) < sum(line["seconds"] for line in lines)
 
 
 def test_without_a_terminal_progress_is_one_line_an_epoch_on_stderr(trained: Run) -> None:
