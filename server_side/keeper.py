@@ -89,6 +89,10 @@ class Keeper:
         Raises:
             SessionReusedError: that id was used, for something else or by an earlier session.
         """
+        with self._opening:  # a twin that opens now is in the table a moment before it lives
+            return self._existing(owner, spec)
+
+    def _existing(self, owner: str, spec: node_pb2.SessionSpec) -> Stay | None:
         digest = _spec_digest(spec)
         with self._lock:
             stay = self._stays.get(spec.session_id)
@@ -124,7 +128,7 @@ class Keeper:
                 last_used_at=now,
             )
             with self._opening:
-                twin = self.existing(owner, spec)
+                twin = self._existing(owner, spec)
                 if twin is None:
                     self._table.open(row)
                     with self._lock:

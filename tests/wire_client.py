@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,8 @@ from torch import nn
 from protos import node_pb2, node_pb2_grpc
 from server_side.session import Session, SessionPlan
 from wire.capture import capture
-from wire.certificates import alternative_names, fingerprint_of, new_certificate
-from wire.channels import channel_options, connect
+from wire.certificates import NODE_NAME, alternative_names, fingerprint_of, new_certificate
+from wire.channels import channel_options, connect, fetch_certificate
 from wire.codec import encode
 from wire.errors import WireError, error_from_rpc
 from wire.identity import Identity
@@ -50,10 +50,10 @@ def reason_of(call: Callable[[], object]) -> str:
     raise AssertionError("the node took it")
 
 
-def frame(  # noqa: PLR0913 -- a frame's fields
+def frame(
     step: int,
     micro_batch: int,
-    phase: node_pb2.Phase,
+    phase: node_pb2.Phase.ValueType,
     *tensors: torch.Tensor,
     labels: torch.Tensor | None = None,
     weight: float = 1.0,
@@ -135,6 +135,7 @@ class _Tupled(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = part._parameters, part._buffers, part._modules
+        self._part: Any
         object.__setattr__(self, "_part", part)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -147,7 +148,7 @@ def plan_of_job(job: Job, *, tensor_bytes: int = 2**20, activation_bytes: int = 
     vanilla = job.loss is not None
     return SessionPlan(
         session_id=b"s" * 16,
-        topology=node_pb2.TOPOLOGY_VANILLA if vanilla else node_pb2.TOPOLOGY_U_SHAPE,  # type: ignore[arg-type]  # an enum constant
+        topology=node_pb2.TOPOLOGY_VANILLA if vanilla else node_pb2.TOPOLOGY_U_SHAPE,
         loss=job.loss,
         optimizer=job.optimizer,
         seed=job.seed,
@@ -242,7 +243,7 @@ class WireClient:
     def snapshot(self, session: bytes, *, with_optimizer: bool = True) -> tuple[int, dict[str, torch.Tensor]]:
         request = node_pb2.SnapshotRequest(session_id=session, with_optimizer=with_optimizer)
         responses = self.stub.Snapshot(request, timeout=CALL_S)
-        header = next(responses).header
+        header = next(iter(responses)).header
         data = gather((r.chunk for r in responses), header.state_bytes, header.state_sha256, "state")
         return header.next_step, load_state(data)
 
@@ -256,8 +257,6 @@ class WireClient:
 
 
 def _custom(target: str, identity: Identity, pin: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-    from wire.channels import NODE_NAME, fetch_certificate  # noqa: PLC0415
-
     roots = fetch_certificate(target)
     assert fingerprint_of(roots) == pin.removeprefix("sha256:")
     credentials = grpc.ssl_channel_credentials(roots, identity.private_key_pem, identity.certificate_pem)
