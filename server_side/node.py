@@ -124,8 +124,7 @@ class RunningNode:
             raise ConfigError(f"cannot listen on {config.listen}: in use, or not an address of this machine") from error
         self.metrics_server: MetricsServer | None = None
         if config.metrics is not None:
-            host, _, port = config.metrics.rpartition(":")
-            self.metrics_server = self._metrics.serve(host, int(port))
+            self.metrics_server = self._metrics.serve(*_address(config.metrics))
         self._server.start()
         for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -164,6 +163,13 @@ def start_node(config: NodeConfig) -> RunningNode:
         StorageError: the session table cannot be opened.
     """
     return RunningNode(config)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"metrics on {text!r}: write host:port, such as 127.0.0.1:9100")
+    return host.strip("[]"), int(port)
 
 
 def _sqlite(state_dir: Path) -> str:

@@ -76,7 +76,7 @@ def doctor(
 ) -> None:
     """Check this machine, an identity and a node, and say what to do. Ends with 1 if a check fails.
 
-    Example: [bold]cloister doctor --identity owner --node gpu1.example.org:7443 --pin sha256:1f2e…[/]
+    Example: [bold]cloister doctor --identity owner --node gpu1.example.org:7700#sha256:1f2e…[/]
     """
     asked = _asked_node(node, pin, certificate, ca, identity)
     checks = list(_all_checks(identity, asked, state_dir))
@@ -88,6 +88,8 @@ def doctor(
 def _asked_node(
     node: str | None, pin: str | None, certificate: Path | None, ca: Path | None, identity: Path | None
 ) -> _NodeAsked | None:
+    if node is not None and pin is None and "#" in node:
+        node, _, pin = node.partition("#")  # as `cloister node` prints it
     ways = sum(way is not None for way in (pin, certificate, ca))
     if node is None:
         if ways:
