@@ -67,7 +67,9 @@ class _NodeAsked:
 def doctor(
     *,
     identity: Annotated[Path | None, typer.Option(help="An identity's folder; needed to check a node.")] = None,
-    node: Annotated[str | None, typer.Option(metavar="HOST:PORT[#PIN]", help="A node to reach, as `cloister node` prints it.")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT[#PIN]", help="A node to reach, as `cloister node` prints it.")
+    ] = None,
     pin: Annotated[str | None, typer.Option(help="The fingerprint of the node's certificate.")] = None,
     certificate: Annotated[Path | None, typer.Option(help="Or the file of it.")] = None,
     ca: Annotated[Path | None, typer.Option(help="Or the file of a CA that vouches for it.")] = None,
