@@ -57,7 +57,7 @@ def below(cls: type[CloisterError]) -> list[type[CloisterError]]:
 WIRE_ERRORS = [cls for cls in below(WireError) if cls.__module__ == errors.__name__ and issubclass(cls, WireError)]
 
 
-class Failing(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc's stubs type it as Any
+class Failing(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its stubs alone
     """A server whose every method fails as ``self.fail`` says."""
 
     fail: Callable[[grpc.ServicerContext], Any]
@@ -72,7 +72,7 @@ class Peer:
 
     def __init__(self, handler: Failing, channel: grpc.Channel) -> None:
         self._handler = handler
-        self._call = channel.unary_unary("/cloister.v1.Node/Anything")
+        self._call = channel.unary_unary("/cloister.v1.Node/Anything", None, None)
 
     def error(self, fail: Callable[[grpc.ServicerContext], Any]) -> CloisterError:
         """What the caller makes of it when the peer fails so."""
@@ -88,7 +88,7 @@ class Peer:
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
     handler = Failing()
-    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=(handler,))
+    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=[handler])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -188,7 +188,7 @@ def test_a_connection_that_fails_is_a_node_out_of_reach(peer: Peer, code: grpc.S
 
 def test_a_node_that_is_not_there_is_out_of_reach() -> None:
     with grpc.insecure_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/cloister.v1.Node/Anything")(b"", timeout=10)
+        channel.unary_unary("/cloister.v1.Node/Anything", None, None)(b"", timeout=10)
 
     assert type(error_from_rpc(caught.value)) is UnreachableError
 

@@ -79,11 +79,12 @@ _PURE: Final = frozenset(
 
 # The in-place forms that models really use. They write to values of the session alone: inputs are copies, and a
 # parameter that requires a gradient refuses them by itself. None changes a tensor's shape (``unsqueeze_``): what a run
-# over the session's own state takes was bounded for the shapes that the program states.
+# over the session's own state takes was bounded for the shapes that the program states. ``detach_`` ends each constant
+# that a model makes on the spot.
 _IN_PLACE: Final = frozenset(
     """
     abs_ add_.Scalar add_.Tensor addcmul_ alpha_dropout_ celu_ clamp_ clamp_.Tensor clamp_max_ clamp_max_.Tensor
-    clamp_min_ clamp_min_.Tensor copy_ div_.Scalar div_.Scalar_mode div_.Tensor div_.Tensor_mode dropout_ elu_ exp_
+    clamp_min_ clamp_min_.Tensor copy_ detach_ div_.Scalar div_.Scalar_mode div_.Tensor div_.Tensor_mode dropout_ elu_ exp_
     feature_dropout_ fill_.Scalar fill_.Tensor hardsigmoid_ hardswish_ hardtanh_ index_add_ leaky_relu_ lerp_.Scalar
     lerp_.Tensor masked_fill_.Scalar masked_fill_.Tensor mish_ mul_.Scalar mul_.Tensor neg_ pow_.Scalar pow_.Tensor
     relu6_ relu_ rrelu_ scatter_.reduce scatter_.src scatter_.value scatter_.value_reduce selu_ sigmoid_ silu_ sqrt_
