@@ -14,9 +14,12 @@ from typing import Any, Final, TypeVar
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-__all__ = ["REJECTED", "STRUCTURE_BYTES", "Rejected", "parser", "structure_bytes"]
+__all__ = ["REJECTED", "SMALL_BYTES", "STRUCTURE_BYTES", "Rejected", "parser", "structure_bytes"]
 
 STRUCTURE_BYTES: Final = 64 * 2**10  # 64 tensors cross a cut at most, each with a header of some 100 bytes
+#: What is small cannot grow large: at most 15 MB of empty tensors, for as long as the message is read. The walk, which
+#: costs a small model's frame as much as its parsing, is for the rest.
+SMALL_BYTES: Final = 256 * 2**10
 _MAX_DEPTH: Final = 8  # an opening's spec nests three deep
 
 _M = TypeVar("_M", bound=Message)
@@ -42,8 +45,7 @@ def parser(kind: type[_M]) -> Callable[[bytes], _M | Rejected]:
     descriptor: Any = kind.DESCRIPTOR  # two classes, one for each implementation of protobuf
 
     def parse(data: bytes) -> _M | Rejected:
-        # What is small cannot grow large: the walk is for the rest.
-        if len(data) > STRUCTURE_BYTES and structure_bytes(data, descriptor) > STRUCTURE_BYTES:
+        if len(data) > SMALL_BYTES and structure_bytes(data, descriptor) > STRUCTURE_BYTES:
             return REJECTED
         try:
             return kind.FromString(data)

@@ -27,7 +27,7 @@ from protos import node_pb2, node_pb2_grpc, tensor_pb2
 from server_side import callers, keeper, service
 from server_side.accounts import Limits
 from server_side.handlers import node_handler
-from server_side.messages import STRUCTURE_BYTES, Rejected, parser, structure_bytes
+from server_side.messages import SMALL_BYTES, Rejected, parser, structure_bytes
 from server_side.node import NodeConfig, RunningNode, start_node
 from tests.wire_client import Good, Job, Pipe, WireClient, frame, new_owner, reason_of
 from wire import channels
@@ -903,7 +903,7 @@ def test_T02_what_is_counted_of_a_message_is_all_but_the_content_of_its_bytes() 
     assert structure_bytes(data, node_pb2.TrainRequest.DESCRIPTOR) == len(data) - 3 * 400_000
     assert parse(data) == request
     assert isinstance(parse(data[:-1]), Rejected)
-    assert isinstance(parse(field(2, b"\x2a\0" * STRUCTURE_BYTES)), Rejected)
+    assert isinstance(parse(field(2, b"\x2a\0" * SMALL_BYTES)), Rejected)
 
 
 def test_every_method_of_the_contract_is_bound() -> None:
