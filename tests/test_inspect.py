@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from client_side.cutting import cut
 from client_side.survey import CLASS_LABEL_BYTES, Candidate, survey
+from cloister.commands.inspect import inspect as inspect_command
 from cloister.factories import example_inputs, load_model, random_inputs
 from examples import models
 from wire.errors import ConfigError, CutError
@@ -246,7 +247,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_broken.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_models", "my_broken"):
+    for name in ("my_models", "my_broken", "my_raw"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -372,33 +373,42 @@ def test_the_commands_json_is_for_programs(here: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ([], "error: there is no my_models:tabular_example to make inputs with: give --input-shape"),
-        (["--dtype", "int64"], "error: --dtype says what --input-shape is made of: give that too"),
-        (["--input-shape", "9"], "error: '0' fails on the example (RuntimeError: a and b must have same reduction dim"),
-        (["--input-shape", "8", "--head", "9"], "error: the model has no submodule '9'; there are 0, 1, 2, 3"),
-        (["--head", "3", "--vanilla"], "error: --head and --vanilla: give one of them"),
-        (["--example", "my_models:rows", "--input-shape", "8"], "error: --example and --input-shape: give one of them"),
-        (["--example", "my_models:pair"], "error: the example gives 2 tensors; the model's forward takes (input)"),
+        ({}, "there is no my_models:tabular_example to make inputs with: give --input-shape"),
+        ({"dtype": ["int64"]}, "--dtype says what --input-shape is made of: give that too"),
+        ({"input_shape": ["8"], "head": "9"}, "the model has no submodule '9'; there are 0, 1, 2, 3"),
+        ({"head": "3", "vanilla": True}, "--head and --vanilla: give one of them"),
+        ({"example": "my_models:rows", "input_shape": ["8"]}, "--example and --input-shape: give one of them"),
+        ({"example": "my_models:pair"}, "the example gives 2 tensors; the model's forward takes (input)"),
     ],
 )
-def test_the_command_says_what_is_wrong(here: Path, options: list[str], complaint: str) -> None:
-    ran = inspected("my_models:tabular", *options, folder=here)
+def test_the_command_says_what_is_wrong(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((ConfigError, CutError)) as raised:
+        inspect_command("my_models:tabular", **options)
+
+    assert str(raised.value).startswith(complaint)
+
+
+def test_a_model_that_fails_on_its_example_ends_the_command_in_one_line(here: Path) -> None:
+    ran = inspected("my_models:tabular", "--input-shape", "9", folder=here)
 
     assert ran.returncode == 3
-    assert ran.stderr.startswith(complaint)
+    assert ran.stderr.startswith("error: '0' fails on the example (RuntimeError: a and b must have same reduction dim")
     assert ran.stderr.count("\n") == 1
     assert ran.stdout == ""
 
 
-def test_the_command_works_without_a_head_and_names_what_cannot_be(here: Path) -> None:
-    ran = inspected("my_models:tabular", "--example", "my_models:rows", "--vanilla", "--check", folder=here)
+@pytest.mark.usefixtures("here")
+def test_the_command_works_without_a_head(capsys: pytest.CaptureFixture[str]) -> None:
+    inspect_command("my_models:tabular", example="my_models:rows", vanilla=True, check=True)
 
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith('[cut]\nfront = "1"\n')
+    assert capsys.readouterr().out.endswith('[cut]\nfront = "1"\n')
 
+
+def test_the_command_names_what_cannot_be(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "my_raw.py").write_text(
         "from torch import nn\n"
         "class Raw(nn.Module):\n"
@@ -408,8 +418,9 @@ def test_the_command_works_without_a_head_and_names_what_cannot_be(here: Path) -
         "    def forward(self, x):\n"
         "        return self.c(self.b(self.a(x)) + x)\n",
     )
-    ran = inspected("my_raw:Raw", "--input-shape", "8", folder=here)
 
-    assert ran.returncode == 0, ran.stderr
-    assert "Not behind a: the middle reads the input 'x' itself (at 'add'): your raw data would leave." in ran.stdout
-    assert "[cut]" not in ran.stdout
+    inspect_command("my_raw:Raw", input_shape=["8"])
+
+    told = capsys.readouterr().out
+    assert "Not behind a: the middle reads the input 'x' itself (at 'add'): your raw data would leave." in told
+    assert "[cut]" not in told
