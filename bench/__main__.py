@@ -1,0 +1,62 @@
+"""The benchmarks: ``python -m bench [loopback|small|wan|memory|all]``; ``make bench`` writes ``bench/RESULTS.md``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from bench import loopback, memory, small, wan
+from bench.blocks import tell
+from bench.report import Chapter, as_json, as_markdown
+
+__all__ = ["main"]
+
+RESULTS: Final = Path(__file__).with_name("RESULTS.md")
+
+#: Each with its full and its quick extent, in the order of the report.
+_BENCHMARKS: Final[dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]]] = {
+    "loopback": (lambda: loopback.loopback(loopback.FULL), lambda: loopback.loopback(loopback.QUICK)),
+    "small": (lambda: small.small(small.FULL), lambda: small.small(small.QUICK)),
+    "wan": (lambda: wan.wan(wan.FULL), lambda: wan.wan(wan.QUICK)),
+    "memory": (lambda: memory.memory(memory.FULL), lambda: memory.memory(memory.QUICK)),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, and writes where asked; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    started = time.monotonic()
+    names = list(_BENCHMARKS) if options.what == "all" else [options.what]
+    chapters = [_BENCHMARKS[name][1 if options.quick else 0]() for name in names]
+    took_s = time.monotonic() - started
+    command = _command(options.what, quick=options.quick)
+    text = as_markdown(chapters, command, took_s)
+    print(as_json(chapters, command, took_s) if options.format == "json" else text)  # noqa: T201 -- results go to stdout
+    if options.write:
+        RESULTS.write_text(text, encoding="utf-8")
+        tell(f"wrote {RESULTS}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Cloister measured, in ratios of one run.")
+    parser.add_argument("what", nargs="?", default="all", choices=[*_BENCHMARKS, "all"], help="one benchmark, or all")
+    parser.add_argument("--quick", action="store_true", help="about a minute: the figures are rough")
+    parser.add_argument("--format", default="table", choices=["table", "json"], help="for people, or for programs")
+    parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}")
+    return parser
+
+
+def _command(what: str, *, quick: bool) -> str:
+    words = ["python", "-m", "bench", what] + (["--quick"] if quick else [])
+    return "make bench" if words[3:] == ["all"] else " ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
