@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: turns, ratios, bounds, sentences. How fast anything is, is not asserted here."""
+"""The benchmarks measure what they say: turns, ratios, bounds, sentences. How fast anything is, no test asserts."""
 
 from __future__ import annotations
 
