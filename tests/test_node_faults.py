@@ -37,7 +37,7 @@ from server_side.keeper import Keeper
 from server_side.metrics import Metrics
 from server_side.node import NodeConfig, start_node
 from server_side.opening import Opening
-from server_side.table import SessionState, SessionTable
+from server_side.table import SessionRow, SessionState, SessionTable
 from tests.wire_client import Good, Job, WireClient, frame, new_owner, plan_of_job, reason_of
 from wire.errors import SessionLostError, UnreachableError, WireError, error_from_rpc
 from wire.identity import Identity, create_identity, load_identity
@@ -514,27 +514,65 @@ def _batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 # --- the keeper, in this process
 
 
-def test_the_janitor_outlives_a_row_that_somebody_else_ended(tmp_path: Path, tiny: Job) -> None:
-    """As where a second process started under the same identity, on the same database."""
-    table = SessionTable(f"sqlite:///{tmp_path / 'node.db'}")
-    limits = Limits()
+@contextlib.contextmanager
+def keeper_on(table: SessionTable, *, idle_s: float = 60.0) -> Iterator[Keeper]:
     keeper = Keeper(
         fingerprint="0" * 64,
         table=table,
-        limits=limits,
+        limits=Limits(),
         metrics=Metrics(),
         device=torch.device("cpu"),
-        idle_s=0.4,
+        idle_s=idle_s,
     )
     try:
-        for _ in range(2):
-            spec = tiny.spec(tiny.state_bytes(), session_id=secrets.token_bytes(16))
-            reservation = keeper.accounts.reserve("f" * 64, 1, 1)
-            plan, program = plan_of_job(tiny), decode_program(tiny.program)
-            keeper.open("f" * 64, spec, Opening(plan, program, load_state(tiny.state_bytes()), reservation))
-            table.end(spec.session_id, SessionState.LOST)
-            wait_until(lambda: len(keeper) == 0)
-        assert keeper.accounts.sessions == 0
+        yield keeper
     finally:
         keeper.stop()
         table.close()
+
+
+def opening_of(job: Job, keeper: Keeper, owner: str) -> Opening:
+    reservation = keeper.accounts.reserve(owner, 1, 1)
+    return Opening(plan_of_job(job), decode_program(job.program), load_state(job.state_bytes()), reservation)
+
+
+def test_T04_an_opening_that_is_being_written_down_is_waited_for_by_its_twin(
+    tmp_path: Path,
+    tiny: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, owner, written = SessionTable(f"sqlite:///{tmp_path / 'node.db'}"), "f" * 64, threading.Event()
+    real = table.open
+
+    def slowly(row: SessionRow) -> None:
+        real(row)
+        written.set()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(table, "open", slowly)
+    with keeper_on(table) as keeper:
+        spec, opened = tiny.spec(tiny.state_bytes(), session_id=b"s" * 16), []
+        first = threading.Thread(
+            target=lambda: opened.append(keeper.open(owner, spec, opening_of(tiny, keeper, owner)))
+        )
+        first.start()
+        assert written.wait(10)
+
+        twin = keeper.existing(owner, spec)
+        again = keeper.open(owner, spec, opening_of(tiny, keeper, owner))
+
+        first.join()
+        assert opened == [twin] == [again]
+        assert keeper.accounts.sessions == 1
+
+
+def test_the_janitor_outlives_a_row_that_somebody_else_ended(tmp_path: Path, tiny: Job) -> None:
+    """As where a second process started under the same identity, on the same database."""
+    table, owner = SessionTable(f"sqlite:///{tmp_path / 'node.db'}"), "f" * 64
+    with keeper_on(table, idle_s=0.4) as keeper:
+        for _ in range(2):
+            spec = tiny.spec(tiny.state_bytes(), session_id=secrets.token_bytes(16))
+            keeper.open(owner, spec, opening_of(tiny, keeper, owner))
+            table.end(spec.session_id, SessionState.LOST)
+            wait_until(lambda: len(keeper) == 0)
+        assert keeper.accounts.sessions == 0
