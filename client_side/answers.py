@@ -20,7 +20,7 @@ class Answers:
         self._program, self._device = program, device
         self._shapes: dict[tuple[bool, int], tuple[tuple[torch.dtype, tuple[int, ...]], ...]] = {}
 
-    def outputs(self, tensors: Sequence[torch.Tensor], rows: int, *, training: bool) -> list[torch.Tensor]:
+    def outputs(self, tensors: Sequence[torch.Tensor | None], rows: int, *, training: bool) -> list[torch.Tensor]:
         """Copies, on the owner's device, of the middle's outputs for ``rows`` rows.
 
         Raises:
@@ -30,23 +30,30 @@ class Answers:
         if key not in self._shapes:
             graph = self._program.train if training else self._program.eval
             self._shapes[key] = output_shapes(self._program, graph, rows)
-        made = tuple((t.dtype, tuple(t.shape)) for t in tensors)
+        present = [t for t in tensors if t is not None]
+        made = tuple((t.dtype, tuple(t.shape)) for t in present)
         if made != self._shapes[key]:
             raise MessageRejectedError(f"the node's outputs are {made}; for {rows} rows they are {self._shapes[key]}")
-        return self._own(tensors)
+        return [self._own(t) for t in present]
 
-    def gradients(self, tensors: Sequence[torch.Tensor], smashed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def gradients(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        smashed: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor | None]:
         """Copies, on the owner's device, of the input gradients of ``smashed``, all of floating point.
+
+        ``None`` where the middle does not depend on a tensor: no gradient, not even zeros.
 
         Raises:
             MessageRejectedError: another number of tensors, another dtype or shape than what was sent.
         """
-        made = [(t.dtype, tuple(t.shape)) for t in tensors]
         sent = [(t.dtype, tuple(t.shape)) for t in smashed]
-        if made != sent:
+        made = [s if t is None else (t.dtype, tuple(t.shape)) for t, s in zip(tensors, sent, strict=False)]
+        if made != sent or len(tensors) != len(sent):
             raise MessageRejectedError(f"the node's input gradients are {made}; the smashed data was {sent}")
-        return self._own(tensors)
+        return [None if t is None else self._own(t) for t in tensors]
 
-    def _own(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         # Copied: kernels may choose by alignment, and the message's bytes have none to speak of.
-        return [t.to(self._device, copy=True) for t in tensors]
+        return tensor.to(self._device, copy=True)

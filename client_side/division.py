@@ -111,6 +111,8 @@ class Division:
     def _by_order(self, front: str, head: str | None) -> dict[fx.Node, Part]:
         last = self._position(front, first=False)
         first = len(self._calls) if head is None else self._position(str(head), first=True)
+        if front == head:
+            raise CutError(f"front and head are both {front!r}: name a head behind it, with a middle between them")
         if last >= first:
             raise CutError(f"{head!r} runs before {front!r}: name a front that comes before the head")
         if first - last == 1:

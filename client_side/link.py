@@ -13,10 +13,11 @@ import grpc
 import torch
 
 from client_side.stream import Stream, patiently
-from protos import node_pb2, node_pb2_grpc
+from client_side.stub import NodeStub
+from protos import node_pb2, tensor_pb2
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
-from wire.codec import check_finite, decode, encode, encode_into, payload_bytes
+from wire.codec import check_finite, decode, encode, encode_into, is_absent, payload_bytes
 from wire.errors import CloisterError, ConfigError, LimitExceededError, MessageRejectedError, error_from_rpc
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
@@ -96,6 +97,10 @@ class Traffic:
     down: int
     reconnects: int
 
+    def __add__(self, other: Traffic) -> Traffic:
+        """Both together."""
+        return Traffic(self.up + other.up, self.down + other.down, self.reconnects + other.reconnects)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -104,7 +109,7 @@ class Answer:
     step: int
     micro_batch: int
     phase: int
-    tensors: list[torch.Tensor] = field(repr=False)
+    tensors: list[torch.Tensor | None] = field(repr=False)
     loss: float
     updated: bool
     compute_s: float
@@ -128,7 +133,7 @@ class Link:
         )
         self._reconnect_s, self._target = reconnect_s, address.target
         self._fingerprint = address.fingerprint()
-        self._stub = node_pb2_grpc.NodeStub(self._channel)
+        self._stub = NodeStub(self._channel)
         self._session = b""
         self._up = self._down = self._most_state = 0
         self._train = Stream(
@@ -208,19 +213,24 @@ class Link:
         step: int,
         micro_batch: int,
         phase: node_pb2.Phase.ValueType,
-        tensors: Sequence[torch.Tensor] = (),
+        tensors: Sequence[torch.Tensor | None] = (),
         labels: torch.Tensor | None = None,
         loss_weight: float = 0.0,
         update: bool = False,
     ) -> None:
-        """Sends one frame; its answer comes from :meth:`receive`, in the order of sending."""
+        """Sends one frame; its answer comes from :meth:`receive`, in the order of sending.
+
+        ``None`` among output gradients says that there is none, not even zeros.
+        """
         request = node_pb2.TrainRequest()
         frame = request.frame
         frame.step, frame.micro_batch, frame.phase = step, micro_batch, phase
         frame.update, frame.loss_weight = update, loss_weight
         for tensor in tensors:
-            encode_into(frame.tensors.add(), tensor)
-            self._up += tensor.nbytes
+            message = frame.tensors.add()
+            if tensor is not None:
+                encode_into(message, tensor)
+                self._up += tensor.nbytes
         if labels is not None:
             encode_into(frame.labels, labels)
             self._up += labels.nbytes
@@ -250,7 +260,7 @@ class Link:
             response.compute_s,
         )
 
-    def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+    def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor | None]]:
         """The middle's outputs in evaluation mode for each of ``batches``, in order."""
         stream = Stream(
             self._channel,
@@ -310,15 +320,17 @@ class Link:
                 _log.warning("the node was not told that the session ends: %s", error_from_rpc(error))
         self._channel.close()
 
-    def _inferred(self, stream: Stream) -> list[torch.Tensor]:
+    def _inferred(self, stream: Stream) -> list[torch.Tensor | None]:
         request, response = stream.receive()
         if response.index != request.batch.index:
             raise MessageRejectedError("the node answered another batch than the one it was sent")
         return self._decoded(response.tensors)
 
-    def _decoded(self, messages: Iterable[object]) -> list[torch.Tensor]:
-        tensors = [decode(m) for m in messages]  # type: ignore[arg-type]  # a repeated field of Tensor
+    def _decoded(self, messages: Iterable[tensor_pb2.Tensor]) -> list[torch.Tensor | None]:
+        tensors = [None if is_absent(m) else decode(m) for m in messages]
         for tensor in tensors:
+            if tensor is None:
+                continue
             check_finite(tensor, "what the node returned")
             self._down += tensor.nbytes
         return tensors

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from client_side.cutting import Cut
 from client_side.link import Link, SessionRequest
 from protos import node_pb2
@@ -26,13 +28,14 @@ def open_session(
     max_rows: int,
     max_in_flight: int,
     first_step: int = 0,
+    tensors: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Opens a session for ``cut`` on ``link``, with the middle's tensors as they are now."""
+    """Opens a session for ``cut`` on ``link``: with ``tensors`` of a snapshot, or with the middle's as they are now."""
     link.open(
         SessionRequest(
             program=cut.captured.data,
             program_digest=cut.program.digest,
-            tensors={STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
+            tensors=tensors or {STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
             topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
             loss=loss if cut.head is None else None,
             optimizer=optimizer,

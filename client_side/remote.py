@@ -143,9 +143,9 @@ class RemoteMiddle(nn.Module):
     def _send_backward(
         self,
         number: int,
-        gradients: list[torch.Tensor],
+        gradients: list[torch.Tensor | None],
         smashed: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
+    ) -> list[torch.Tensor | None]:
         self._link.send(step=self._step, micro_batch=number, phase=node_pb2.PHASE_BACKWARD, tensors=gradients)
         answer = self._link.receive()
         self._backwards += 1
@@ -161,18 +161,15 @@ class _Remote(torch.autograd.Function):
         ctx.middle = middle
         ctx.number, outputs = middle._send_forward(smashed)  # noqa: SLF001 -- one thing in two classes
         ctx.smashed = smashed
-        ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs]
+        ctx.floating = [o.is_floating_point() for o in outputs]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o in outputs if not o.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
         """Sends the output gradients, returns the input gradients."""
-        up = [
-            torch.zeros(shape, dtype=dtype, device=device) if gradient is None else gradient
-            for gradient, (shape, dtype, device) in zip(gradients, ctx.outputs, strict=True)
-            if dtype.is_floating_point
-        ]
+        up = [g for g, floating in zip(gradients, ctx.floating, strict=True) if floating]
         sent = [s for s in ctx.smashed if s.is_floating_point()]
         down = iter(ctx.middle._send_backward(ctx.number, up, sent))  # noqa: SLF001 -- as above
         return (None, *(next(down, None) if s.is_floating_point() else None for s in ctx.smashed))

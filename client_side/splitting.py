@@ -286,7 +286,8 @@ class _Builder:
         batch: fx.Node | None = None
         for _, found in sources:
             for leaf in found:
-                node = taken[leaf.node, leaf.path] = graph.placeholder(leaf.node.name)
+                # Several leaves may be of one call, and an argument's name stands once.
+                node = taken[leaf.node, leaf.path] = graph.placeholder(f"{leaf.node.name}_{len(taken)}")
                 if batch is None and self._has_rows(leaf):
                     batch = node
         copies: dict[fx.Node, Any] = {}

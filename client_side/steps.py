@@ -23,7 +23,7 @@ from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.link import Answer, Link
 from protos import node_pb2
-from wire.errors import MessageRejectedError, NonFiniteError
+from wire.errors import ConfigError, MessageRejectedError, NonFiniteError
 from wire.recipe import Loss, PartOptimizer, stream
 
 __all__ = ["Batch", "MicroBatch", "StepRunner", "micro_batches", "rows_of"]
@@ -63,7 +63,18 @@ def rows_of(batch: int, count: int) -> list[int]:
 
 
 def micro_batches(inputs: Batch, labels: torch.Tensor, count: int) -> list[MicroBatch]:
-    """The slices of one batch, in order."""
+    """The slices of one batch, in order.
+
+    Raises:
+        ConfigError: a loader's batch is not ``(inputs…, labels)``, tensors of equally many rows, at least one.
+    """
+    everything: tuple[object, ...] = (*inputs, labels)  # whatever the user's loader yields
+    if not inputs or any(not isinstance(x, torch.Tensor) or not x.ndim for x in everything):
+        kinds = ", ".join(type(x).__name__ for x in everything)
+        raise ConfigError(f"a loader yields (inputs…, labels), each a tensor with rows; this batch holds: {kinds}")
+    counts = {len(x) for x in (*inputs, labels)}
+    if len(counts) != 1 or 0 in counts:
+        raise ConfigError(f"the tensors of a batch have equally many rows, at least one; here {sorted(counts)}")
     rows = rows_of(labels.shape[0], count)
     parts = zip(*(torch.split(x, rows) for x in inputs), strict=True)
     return [
@@ -157,7 +168,9 @@ class StepRunner:
         # Copies, because a head may begin with an operator in place, which autograd refuses on leaves.
         received = [t.clone() if t.requires_grad else t for t in (*outputs, *flying.kept_leaves)]
         with stream(self._seed, "head", step, flying.number):
-            loss = self._loss(self._cut.head(*received), flying.labels)
+            output = self._cut.head(*received)
+            self._loss.check(output, flying.labels)
+            loss = self._loss(output, flying.labels)
         with self._tied_apart(flying):
             # A whole batch weighs 1.0: its product is the loss itself, to the bit.
             weighted = loss if flying.weight == 1.0 else loss * flying.weight
@@ -166,7 +179,8 @@ class StepRunner:
             step=step,
             micro_batch=flying.number,
             phase=node_pb2.PHASE_BACKWARD,
-            tensors=[torch.zeros_like(o) if o.grad is None else o.grad for o in outputs if o.is_floating_point()],
+            # An output that the loss does not depend on has no gradient, and its parameters do not move.
+            tensors=[o.grad for o in outputs if o.is_floating_point()],
             update=last,
         )
         return loss.item() * flying.weight
@@ -178,7 +192,8 @@ class StepRunner:
         tensors = [s for s in flying.smashed if s.is_floating_point()]
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(s.requires_grad for s in tensors):
-            pairs += zip(tensors, self._answers.gradients(answer.tensors, tensors), strict=True)
+            returned = self._answers.gradients(answer.tensors, tensors)
+            pairs += [(t, gradient) for t, gradient in zip(tensors, returned, strict=True) if gradient is not None]
         stayed = zip(flying.kept, flying.kept_leaves, strict=True)
         pairs += [(tensor, leaf.grad) for tensor, leaf in stayed if leaf.grad is not None]
         pairs = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]

@@ -17,10 +17,10 @@ from client_side.cutting import Cut
 from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session
-from client_side.steps import Batch, MicroBatch, StepRunner, micro_batches
+from client_side.steps import Batch, StepRunner, micro_batches
 from wire.errors import ConfigError
 from wire.identity import Identity, load_identity
-from wire.recipe import Loss, LossName, Optimizer, PartOptimizer
+from wire.recipe import SGD, Adam, Loss, LossName, Optimizer, PartOptimizer
 from wire.state import split_state
 
 __all__ = ["Loader", "Trainer"]
@@ -74,6 +74,11 @@ class Trainer:
         Raises:
             ConfigError: says which argument, and what it must be.
         """
+        if not isinstance(optimizer, (SGD, Adam)):
+            raise ConfigError(
+                f"optimizer {optimizer!r}: use cloister.SGD, cloister.Adam or cloister.AdamW, which travel as data; "
+                "both sides build torch's own from them",
+            )
         if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
             raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
         self.cut = cut
@@ -86,6 +91,7 @@ class Trainer:
         self._link: Link | None = None
         self._runner: StepRunner | None = None
         self._max_rows = 0
+        self._closed = False
         self._past_traffic = Traffic(0, 0, 0)
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
@@ -102,8 +108,8 @@ class Trainer:
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes of the session at hand, or of the last one."""
-        return self._past_traffic if self._link is None else self._link.traffic
+        """Bytes of all sessions so far."""
+        return self._past_traffic if self._link is None else self._past_traffic + self._link.traffic
 
     def fit(self, loader: Loader, epochs: int) -> TrainState:
         """Trains for ``epochs`` passes over ``loader``, then brings the middle home.
@@ -157,9 +163,10 @@ class Trainer:
         self.cut.load_middle(split_state(tensors)[0])
 
     def close(self) -> None:
-        """Ends the session and the connection. A trainer that is used again opens a new session."""
+        """Ends the session and the connection; the optimizer's state on the node goes with it, so this is the end."""
+        self._closed = True
         if self._link is not None:
-            self._past_traffic = self._link.traffic
+            self._past_traffic = self.traffic
             self._link.close()
             self._link = self._runner = None
 
@@ -172,7 +179,7 @@ class Trainer:
             began = time.perf_counter()
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
-            runner = self._opened(batch[0])
+            runner = self._opened(len(batch[0].labels))
             node_s = runner.node_s
             loss = runner.run(state.global_step, batch)
             count = len(labels)
@@ -192,21 +199,29 @@ class Trainer:
             )
             if control.should_training_stop:
                 break
+        if not rows:
+            raise ConfigError("the loader yielded no batch: is it empty, or drop_last=True with too large a batch?")
         state.epoch += 1
-        mean = total / rows if rows else float("nan")
+        mean = total / rows
         state.log_history.append({"epoch": float(state.epoch), "step": float(state.global_step), "loss": mean})
         self._tell("on_epoch_end", control, EpochEnd(state.epoch, mean, rows, time.perf_counter() - started))
 
-    def _opened(self, first: MicroBatch) -> StepRunner:
-        """The step runner over an open session, sized by the first micro-batch."""
+    def _opened(self, rows: int) -> StepRunner:
+        """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
+        if self._runner is None or rows > self._max_rows:
+            small = self._link
+            snapshot = None if small is None else small.snapshot(with_optimizer=True)[1]
+            self._open(rows, snapshot)
+            if small is not None:
+                self._past_traffic = self._past_traffic + small.traffic
+                small.close()
         if self._runner is None:
-            self._open(len(first.labels))
-        if self._runner is None or self._link is None:
-            raise ConfigError("the trainer was closed")
+            raise ConfigError("the trainer was closed; make a new one")
         return self._runner
 
-    def _open(self, rows: int) -> Link:
-        self._max_rows = rows
+    def _open(self, rows: int, tensors: dict[str, torch.Tensor] | None = None) -> Link:
+        if self._closed:
+            raise ConfigError("the trainer was closed; make a new one")
         link = Link(self._address, self._identity, reconnect_s=self._reconnect_s)
         try:
             open_session(
@@ -218,11 +233,12 @@ class Trainer:
                 max_rows=rows,
                 max_in_flight=self._in_flight,
                 first_step=self.state.global_step,
+                tensors=tensors,
             )
         except BaseException:
             link.close(end_session=False)
             raise
-        self._link = link
+        self._link, self._max_rows = link, rows
         self._runner = StepRunner(
             self.cut,
             link,

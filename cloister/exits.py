@@ -52,6 +52,8 @@ class ExitCode(enum.IntEnum):
 
 def main() -> None:
     """The ``cloister`` program."""
+    # gRPC's core logs each refused handshake, and each pin that is looked up, as if something were wrong.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from cloister.main import app  # noqa: PLC0415 - it imports this module
 
     app()

@@ -73,6 +73,8 @@ Global___Codec: typing_extensions.TypeAlias = Codec
 
 @typing.final
 class Tensor(google.protobuf.message.Message):
+    """The empty message stands for no gradient at all, which an optimizer tells from a gradient of zeros."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DTYPE_FIELD_NUMBER: builtins.int

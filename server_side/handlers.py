@@ -15,9 +15,9 @@ from grpc_health.v1 import health, health_pb2
 
 from protos import node_pb2
 from server_side.callers import Callers
-from server_side.messages import parser
 from server_side.service import NodeService
 from wire.errors import MessageRejectedError, WireError, status_of
+from wire.messages import parser
 from wire.trust import peer_fingerprint
 
 __all__ = ["health_handler", "node_handler"]

@@ -11,7 +11,7 @@ import torch
 
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
-from server_side.session import ANSWERS_BYTES, SessionPlan, run_bytes
+from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
 from wire.errors import LimitExceededError, MessageRejectedError, ProgramRejectedError, SpecRejectedError
 from wire.program import Program, ProgramLimits, decode_program, program_digest
 from wire.recipe import Adam, AdamW, Optimizer, loss_from_proto, optimizer_from_proto
@@ -148,8 +148,9 @@ def read_state(
         for graph in (program.train, program.eval)
     )
     came = plan.max_rows * sum(math.prod(i.shape) * i.dtype.itemsize for i in program.inputs)
-    # In flight, a micro-batch holds its inputs, their gradients and its activations.
-    held += (made + 2 * came) * plan.max_in_flight + ANSWERS_BYTES
+    # In flight, a micro-batch holds its inputs, their gradients, its activations, and its two answers.
+    answered = min(made, plan.tensor_bytes + ANSWER_SLACK_BYTES) + came
+    held += (made + 2 * came + answered) * plan.max_in_flight + ANSWERS_BYTES
     reservation = accounts.reserve(owner, held, program.parameter_count)
     try:
         pieces = _chunks(parts, spec.state_bytes)

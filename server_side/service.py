@@ -292,6 +292,7 @@ def _only(call: Call, requests: Iterator[Any], kind: type[_M]) -> _M:
 
 
 def _dumped(stay: Stay, *, with_optimizer: bool) -> tuple[int, bytes]:
+    # First what may wait for a session at work, then what all take turns at.
+    step, tensors = stay.session.snapshot(with_optimizer=with_optimizer)
     with _DUMPING:
-        step, tensors = stay.session.snapshot(with_optimizer=with_optimizer)
         return step, dump_state(tensors)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
-from wire.codec import check_finite, decode, encode, encode_into, owned, payload_bytes
+from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
 from wire.errors import (
     ComputeError,
     LimitExceededError,
@@ -41,6 +41,7 @@ from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
 __all__ = ["ANSWERS_BYTES", "Session", "SessionPlan", "run_bytes"]
 
 #: Answers that a session keeps of its step, beyond the newest two for each micro-batch in flight.
+ANSWER_SLACK_BYTES: Final = 16 * 2**20  # what small tensors may add to the largest one in an answer
 ANSWERS_BYTES: Final = 64 * 2**20
 
 _T = TypeVar("_T")
@@ -286,14 +287,14 @@ class Session:
         outputs = [o for o in pending.outputs if o.is_floating_point()]
         if len(frame.tensors) != len(outputs):
             raise TensorRejectedError(f"{len(frame.tensors)} output gradients for {len(outputs)} outputs")
-        gradients = [self._receive(message, "output gradient") for message in frame.tensors]
+        gradients = [None if is_absent(m) else self._receive(m, "output gradient") for m in frame.tensors]
         for gradient, output in zip(gradients, outputs, strict=True):
-            if gradient.shape != output.shape or gradient.dtype != output.dtype:
+            if gradient is not None and (gradient.shape != output.shape or gradient.dtype != output.dtype):
                 raise TensorRejectedError(
                     f"an output gradient of {gradient.dtype} {tuple(gradient.shape)} for an output of "
                     f"{output.dtype} {tuple(output.shape)}",
                 )
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and g is not None]
         with self._applying("backward", frame.step):
             if pairs:
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
@@ -310,7 +311,9 @@ class Session:
         labels = self._receive(frame.labels, "labels")
 
         def judge(outputs: list[torch.Tensor]) -> torch.Tensor:
-            _check_labels(function, outputs, labels)
+            if len(outputs) != 1 or not outputs[0].is_floating_point():
+                raise MessageRejectedError("the node's loss takes a middle with one output of floating point")
+            function.check(outputs[0], labels)
             loss = function(outputs[0], labels)
             check_finite(loss.detach(), "the loss")
             return loss
@@ -337,6 +340,7 @@ class Session:
                 fed = [x.clone() for x in inputs] if self._train.in_place else inputs
                 outputs = self._train.run([*self._values, *fed])
                 self._check_outputs(outputs)
+                self._check_sum(outputs)
                 return _Pending(inputs, outputs), then(outputs)
         except WireError:
             # Batch statistics may have moved before an operator refused: a refused frame changes nothing.
@@ -395,11 +399,17 @@ class Session:
         run_bytes(self._program, graph, rows, self._plan.activation_bytes_per_micro_batch)
         self._admitted.add((training, rows))
 
-    def _input_gradients(self, pending: _Pending) -> list[torch.Tensor]:
+    def _check_sum(self, outputs: list[torch.Tensor]) -> None:
+        """Refuses an answer that no message holds, before it is made."""
+        total, limit = sum(o.nbytes for o in outputs), self._plan.tensor_bytes + ANSWER_SLACK_BYTES
+        if total > limit:
+            raise LimitExceededError(f"outputs of {total} bytes together; one answer carries {limit}")
+
+    def _input_gradients(self, pending: _Pending) -> list[torch.Tensor | None]:
         if not self._plan.want_input_gradients:
             return []
         leaves = [x for x in pending.inputs if x.is_floating_point()]
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+        return [x.grad for x in leaves]
 
     @contextmanager
     def _computing(self, *, training: bool) -> Iterator[None]:
@@ -492,10 +502,12 @@ def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
         return known
 
 
-def _answer_of(tensors: Sequence[torch.Tensor]) -> node_pb2.TrainResponse:
+def _answer_of(tensors: Sequence[torch.Tensor | None]) -> node_pb2.TrainResponse:
     answer = node_pb2.TrainResponse()
     for tensor in tensors:
-        encode_into(answer.tensors.add(), tensor)
+        message = answer.tensors.add()
+        if tensor is not None:
+            encode_into(message, tensor)
     return answer
 
 
@@ -504,21 +516,3 @@ def _place(spec: State, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     if spec.kind == program_pb2.STATE_KIND_PARAMETER:
         return nn.Parameter(own, requires_grad=spec.requires_grad)
     return own
-
-
-def _check_labels(loss: Loss, outputs: list[torch.Tensor], labels: torch.Tensor) -> None:
-    """Refuses labels that an operator would refuse late, or on a GPU fatally."""
-    output = outputs[0]
-    if len(outputs) != 1 or not output.is_floating_point():
-        raise MessageRejectedError("the node's loss takes a middle with one output of floating point")
-    if not loss.takes_classes:
-        if labels.shape != output.shape or labels.dtype != output.dtype:
-            raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
-        return
-    if output.ndim < 2 or labels.dtype != torch.int64:  # noqa: PLR2004 -- [batch, classes, ...]
-        raise TensorRejectedError("class labels are int64 for an output [batch, classes, ...]")
-    if labels.shape != (output.shape[0], *output.shape[2:]):
-        raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= output.shape[1]:
-        raise TensorRejectedError(f"labels from {low} to {high} for {output.shape[1]} classes")

@@ -31,6 +31,7 @@ __all__ = [
     "dtype_number",
     "encode",
     "encode_into",
+    "is_absent",
     "owned",
     "payload_bytes",
 ]
@@ -107,6 +108,11 @@ def encode_into(message: tensor_pb2.Tensor, tensor: torch.Tensor) -> None:
     message.data = plain.numpy().tobytes()
 
 
+def is_absent(message: tensor_pb2.Tensor) -> bool:
+    """Whether ``message`` stands for no gradient at all."""
+    return not (message.dtype or message.codec or message.shape or message.data)
+
+
 def decode(message: tensor_pb2.Tensor, *, max_bytes: int = MAX_TENSOR_BYTES) -> torch.Tensor:
     """The tensor of ``message``, reading the message's bytes in place; never write to it.
 
@@ -178,5 +184,5 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
     if bad:
         raise NonFiniteError(
             f"{what}: {bad} of {tensor.numel()} elements are NaN or Inf; the training diverged "
-            "(lower the learning rate, clip gradients) or the peer sends poison",
+            "(lower the learning rate, clip gradients), the data held NaN, or the peer sends poison",
         )

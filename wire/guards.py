@@ -21,6 +21,7 @@ from wire.errors import ComputeError
 __all__ = ["guarded"]
 
 _MAX_RESULTS: Final = 4096  # tensors that one operator returns: a split of a long sequence into single steps
+_MAX_SCALE: Final = 2**20  # no picture grows or shrinks more; times a size, still an index of 64 bits
 _MAX_MESHED: Final = 16  # dimensions of a mesh; each of its results has all of them
 _GATES: Final = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -165,6 +166,18 @@ def _recurrent_sizes(kind: str, given: Arguments) -> tuple[torch.Tensor, ...]:
     return (output, *(torch.empty_like(s) for s in states))
 
 
+def _scaled(given: Arguments) -> None:
+    """A scale whose inverse overflows makes an index of its own, far outside the tensor (SIGSEGV)."""
+    for name, value in given.items():
+        if not name.startswith("scale") or value is None:
+            continue
+        for scale in value if isinstance(value, (list, tuple)) else (value,):
+            if scale is not None and not 1 / _MAX_SCALE <= float(scale) <= _MAX_SCALE:
+                raise ComputeError(f"a scale of {scale}; from 1/{_MAX_SCALE} to {_MAX_SCALE}")
+
+
+_UPSAMPLE: Final = ("bicubic2d", "bilinear2d", "linear1d", "nearest1d", "nearest2d", "nearest3d", "trilinear3d")
+
 _CHECKS: Final[dict[str, Callable[[Arguments], None]]] = {
     "chunk": _few_results(lambda given: given["chunks"]),
     "unsafe_chunk": _few_results(lambda given: given["chunks"]),
@@ -201,6 +214,7 @@ _CHECKS: Final[dict[str, Callable[[Arguments], None]]] = {
     "take_along_dim": _indexed,
     "index.Tensor": _advanced,
     "one_hot": _one_hot,
+    **{f"upsample_{kind}{overload}": _scaled for kind in _UPSAMPLE for overload in ("", ".vec")},
     **{f"{kind}.input": _recurrent(kind) for kind in _GATES},
 }
 

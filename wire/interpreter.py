@@ -6,9 +6,12 @@ the bit on the same build of torch with the same number of threads.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -37,6 +40,8 @@ _MAX_DIMENSIONS: Final = 64  # what torch's own kernels take at most
 _FAKING: Final = threading.Lock()
 _KNOWN_SHAPES: Final = 20_000  # about 40 MB
 
+LOOK_S: Final = 30.0  # others wait for their turn meanwhile; 80 Llama layers take about 10 s on a slow core
+_MAX_RESULTS: Final = 150_000  # tensors that one run makes, views included: half as many again as operations
 _NO_LIMIT: Final = 2**62  # bytes: more than any machine has
 
 
@@ -185,7 +190,7 @@ def _dry_run(program: Program, graph: Graph, rows: int, limit: int) -> tuple[int
     counter = _Counter(rows, limit)
     training = graph is program.train
     # Fake tensors compute shapes, strides and dtypes by the operators' own rules, and hold no memory.
-    with _FAKING, FakeTensorMode(), torch.set_grad_enabled(training):
+    with _FAKING, _quiet(), FakeTensorMode(), torch.set_grad_enabled(training):
         try:
             values = _fake_values(program, rows, training=training)
             with counter:
@@ -204,6 +209,22 @@ def _dry_run(program: Program, graph: Graph, rows: int, limit: int) -> tuple[int
     return counter.total, outputs
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging a traceback for each operator that refuses its arguments: strangers could fill a log."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    del record
+    return False
+
+
 def _fake_values(program: Program, rows: int, *, training: bool) -> list[torch.Tensor]:
     state = [torch.empty(s.shape, dtype=s.dtype, requires_grad=training and s.requires_grad) for s in program.state]
     inputs = [torch.empty((rows, *i.shape), dtype=i.dtype) for i in program.inputs]
@@ -219,6 +240,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
     def __init__(self, rows: int, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.total = 0
+        self._results = 0
+        self._ends = time.monotonic() + LOOK_S
         self._rows = rows
         self._limit = limit
 
@@ -245,7 +268,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         More dimensions than anything needs are refused: each takes memory of its own. A view that repeats elements
         counts as if it held them all, since whatever reads it takes the time.
         """
+        if time.monotonic() > self._ends:
+            raise LimitExceededError(f"a graph that takes more than {LOOK_S:g} s to look over; cut it smaller")
         for tensor in _tensors(result):
+            self._results += 1
+            if self._results > _MAX_RESULTS:
+                raise LimitExceededError(f"a graph that makes more than {_MAX_RESULTS} tensors; cut it smaller")
             if tensor.ndim > _MAX_DIMENSIONS:
                 raise ComputeError(f"a tensor of more than {_MAX_DIMENSIONS} dimensions")
             repeated = tensor.numel() * tensor.itemsize - tensor.untyped_storage().nbytes()

@@ -72,7 +72,7 @@ _PURE: Final = frozenset(
     upsample_bicubic2d upsample_bicubic2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_linear1d
     upsample_linear1d.vec upsample_nearest1d upsample_nearest1d.vec upsample_nearest2d upsample_nearest2d.vec
     upsample_nearest3d upsample_nearest3d.vec upsample_trilinear3d upsample_trilinear3d.vec var var.correction var.dim
-    var_mean var_mean.correction var_mean.dim view view_as vstack where where.Scalar where.ScalarOther where.ScalarSelf
+    var_mean var_mean.correction var_mean.dim view view_as vstack where.Scalar where.ScalarOther where.ScalarSelf
     where.self xlogy.Scalar_Other xlogy.Scalar_Self xlogy.Tensor zeros zeros_like
     """.split(),
 )
@@ -84,10 +84,10 @@ _PURE: Final = frozenset(
 _IN_PLACE: Final = frozenset(
     """
     abs_ add_.Scalar add_.Tensor addcmul_ alpha_dropout_ celu_ clamp_ clamp_.Tensor clamp_max_ clamp_max_.Tensor
-    clamp_min_ clamp_min_.Tensor copy_ detach_ div_.Scalar div_.Scalar_mode div_.Tensor div_.Tensor_mode dropout_ elu_ exp_
-    feature_dropout_ fill_.Scalar fill_.Tensor hardsigmoid_ hardswish_ hardtanh_ index_add_ leaky_relu_ lerp_.Scalar
-    lerp_.Tensor masked_fill_.Scalar masked_fill_.Tensor mish_ mul_.Scalar mul_.Tensor neg_ pow_.Scalar pow_.Tensor
-    relu6_ relu_ rrelu_ scatter_.reduce scatter_.src scatter_.value scatter_.value_reduce selu_ sigmoid_ silu_ sqrt_
+    clamp_min_ clamp_min_.Tensor copy_ detach_ div_.Scalar div_.Scalar_mode div_.Tensor div_.Tensor_mode dropout_
+    elu_ exp_ feature_dropout_ fill_.Scalar fill_.Tensor hardsigmoid_ hardswish_ hardtanh_ index_add_ leaky_relu_
+    lerp_.Scalar lerp_.Tensor masked_fill_.Scalar masked_fill_.Tensor mish_ mul_.Scalar mul_.Tensor neg_ pow_.Scalar
+    pow_.Tensor relu6_ relu_ rrelu_ scatter_.reduce scatter_.src scatter_.value scatter_.value_reduce selu_ sigmoid_ silu_ sqrt_
     square_ sub_.Scalar sub_.Tensor tanh_ threshold_ zero_
     """.split(),
 )

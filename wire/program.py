@@ -47,6 +47,8 @@ _MAX_STATE: Final = 20_000  # tensors; Llama-405B has 1,137
 _MAX_INPUTS: Final = 64  # tensors that cross one cut; a U-Net of 10 levels crosses 11
 _MAX_ARGUMENTS: Final = 64  # of one operator; lstm.input has 9
 _MAX_LIST: Final = 4096  # items: a concatenation of every layer's output, a split into single steps
+_MAX_DIMENSIONS: Final = 64  # items of a list that has one for each dimension; no kernel takes more
+_LONG: Final = ("tensors", "split_size", "indices", "params")  # what the parameters of longer lists are called
 _MAX_NESTING: Final = 2  # a list in an argument; no schema nests deeper
 _MAX_TEXT: Final = 32  # "zeros", "reflect", "tanh": all the texts that operators take
 _NAME: Final = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -263,6 +265,8 @@ def _graph(message: program_pb2.Graph, before: int, which: str) -> Graph:
     outputs = tuple(message.outputs)
     if not 0 < len(outputs) <= _MAX_INPUTS:
         raise ProgramRejectedError(f"{which} graph: {len(outputs)} outputs; 1 to {_MAX_INPUTS}")
+    if len(set(outputs)) != len(outputs):
+        raise ProgramRejectedError(f"{which} graph: the same output twice")
     if any(index >= len(kinds) or kinds[index] != "tensor" for index in outputs):
         raise ProgramRejectedError(f"{which} graph: an output that is no tensor of the graph")
     return Graph(tuple(operations), outputs)
@@ -302,6 +306,8 @@ def _argument(
     kinds: list[ValueKind],
 ) -> Argument:
     value = _value(message, len(kinds), 0)
+    if isinstance(value, tuple) and len(value) > _MAX_DIMENSIONS and not parameter.name.startswith(_LONG):
+        raise ProgramRejectedError(f"{operator.name}: its {parameter.name} is of more than {_MAX_DIMENSIONS} items")
     if not _fits(value, parameter.type, kinds):
         raise ProgramRejectedError(f"{operator.name}: its {parameter.name} takes {parameter.type}")
     return value

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from protos import node_pb2
-from wire.errors import SpecRejectedError
+from wire.errors import SpecRejectedError, TensorRejectedError
 
 __all__ = [
     "SGD",
@@ -329,6 +329,30 @@ class Loss:
         if self.name == "cross_entropy":
             return nn.functional.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
         return functions[self.name](output, labels)
+
+    def check(self, output: torch.Tensor, labels: torch.Tensor) -> None:
+        """Refuses labels that an operator would refuse late, or on a GPU fatally.
+
+        Raises:
+            TensorRejectedError: says what the labels are, and what they must be.
+        """
+        if not self.takes_classes:
+            if labels.shape != output.shape or labels.dtype != output.dtype:
+                raise TensorRejectedError(
+                    f"labels {labels.dtype} {tuple(labels.shape)} for an output {output.dtype} {tuple(output.shape)}; "
+                    f"{self.name} wants the same of both",
+                )
+            return
+        if output.ndim < 2 or labels.dtype != torch.int64:  # noqa: PLR2004 -- [batch, classes, ...]
+            raise TensorRejectedError(
+                f"labels of {labels.dtype} for an output {tuple(output.shape)}; {self.name} takes class numbers as "
+                "int64 for an output [batch, classes, ...]",
+            )
+        if labels.shape != (output.shape[0], *output.shape[2:]):
+            raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= output.shape[1]:
+            raise TensorRejectedError(f"labels from {low} to {high} for {output.shape[1]} classes")
 
     @property
     def takes_classes(self) -> bool:
