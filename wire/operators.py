@@ -87,8 +87,8 @@ _IN_PLACE: Final = frozenset(
     clamp_min_ clamp_min_.Tensor copy_ detach_ div_.Scalar div_.Scalar_mode div_.Tensor div_.Tensor_mode dropout_
     elu_ exp_ feature_dropout_ fill_.Scalar fill_.Tensor hardsigmoid_ hardswish_ hardtanh_ index_add_ leaky_relu_
     lerp_.Scalar lerp_.Tensor masked_fill_.Scalar masked_fill_.Tensor mish_ mul_.Scalar mul_.Tensor neg_ pow_.Scalar
-    pow_.Tensor relu6_ relu_ rrelu_ scatter_.reduce scatter_.src scatter_.value scatter_.value_reduce selu_ sigmoid_ silu_ sqrt_
-    square_ sub_.Scalar sub_.Tensor tanh_ threshold_ zero_
+    pow_.Tensor relu6_ relu_ rrelu_ scatter_.reduce scatter_.src scatter_.value scatter_.value_reduce selu_ sigmoid_
+    silu_ sqrt_ square_ sub_.Scalar sub_.Tensor tanh_ threshold_ zero_
     """.split(),
 )
 
