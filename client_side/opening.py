@@ -10,12 +10,26 @@ import torch
 from client_side.cutting import Cut
 from client_side.link import Link, SessionRequest
 from protos import node_pb2
+from wire.errors import IdentityError
+from wire.identity import Identity, load_identity
 from wire.recipe import Loss, Optimizer, stream_seed
 from wire.state import STATE_PREFIX
 
-__all__ = ["DEFAULT_IDENTITY", "open_session"]
+__all__ = ["DEFAULT_IDENTITY", "open_session", "owner_identity"]
 
 DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
+
+
+def owner_identity(identity: Identity | Path | str) -> Identity:
+    """The owner's identity: itself, or what stands in that folder.
+
+    Raises:
+        IdentityError: there is none, it is damaged, or it is a node's.
+    """
+    own = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
+    if own.role != "owner":
+        raise IdentityError("this identity is a node's: make your own with `cloister keys init --role owner --out DIR`")
+    return own
 
 
 def open_session(

@@ -24,10 +24,10 @@ from torch import nn
 from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
-from client_side.opening import DEFAULT_IDENTITY, open_session
+from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from protos import node_pb2
 from wire.errors import ConfigError
-from wire.identity import Identity, load_identity
+from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 from wire.state import split_state
 
@@ -76,7 +76,7 @@ class RemoteMiddle(nn.Module):
         device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         self._answers = Answers(cut.program, device)
         self._wants_gradients = any(p.requires_grad for p in cut.front.parameters())
-        own = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
+        own = owner_identity(identity)
         address = node if isinstance(node, NodeAddress) else NodeAddress.parse(node)
         self._link = Link(address, own, reconnect_s=reconnect_s)
         try:

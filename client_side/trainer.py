@@ -16,10 +16,10 @@ from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepE
 from client_side.cutting import Cut
 from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
-from client_side.opening import DEFAULT_IDENTITY, open_session
+from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from client_side.steps import Batch, StepRunner, micro_batches
 from wire.errors import ConfigError
-from wire.identity import Identity, load_identity
+from wire.identity import Identity
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer, PartOptimizer
 from wire.state import split_state
 
@@ -86,7 +86,7 @@ class Trainer:
         self._optimizer = optimizer
         self._loss = loss if isinstance(loss, Loss) else Loss(loss)
         self._micro_batches, self._in_flight = micro_batches, in_flight or micro_batches
-        self._identity = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
+        self._identity = owner_identity(identity)
         self._seed, self._callbacks, self._reconnect_s = seed, list(callbacks), reconnect_s
         self._link: Link | None = None
         self._runner: StepRunner | None = None

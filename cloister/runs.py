@@ -73,6 +73,9 @@ class RunFolder(Callback):
         """Lets others write to the folder."""
         if self._metrics is not None:
             self._metrics.close()
+        else:
+            with contextlib.suppress(OSError):  # not empty, or not ours to remove: somebody else's
+                self.path.rmdir()  # a run that never began leaves nothing
         os.close(self._lock)
 
     def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
