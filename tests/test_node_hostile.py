@@ -27,7 +27,6 @@ from protos import node_pb2, node_pb2_grpc, tensor_pb2
 from server_side import callers, keeper, service
 from server_side.accounts import Limits
 from server_side.handlers import node_handler
-from server_side.messages import SMALL_BYTES, Rejected, parser, structure_bytes
 from server_side.node import NodeConfig, RunningNode, start_node
 from tests.wire_client import Good, Job, Pipe, WireClient, frame, new_owner, reason_of
 from wire import channels
@@ -35,6 +34,7 @@ from wire.certificates import NODE_NAME
 from wire.channels import fetch_certificate
 from wire.codec import encode
 from wire.identity import Identity
+from wire.messages import SMALL_BYTES, Rejected, parser, structure_bytes
 from wire.recipe import Loss
 from wire.trust import Trust
 
