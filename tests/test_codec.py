@@ -35,7 +35,7 @@ F32: Final = tensor_pb2.D_TYPE_FLOAT32
 def bits(tensor: Tensor) -> bytes:
     if not tensor.numel():
         return b""
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).tolist())
 
 
 def same(a: Tensor, b: Tensor) -> bool:
