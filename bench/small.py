@@ -39,8 +39,7 @@ _BARE: Final = {MLP.name: "mlp", SMALL_CNN.name: "cnn"}
 _SPANS: Final = (
     "front, forward",
     "encode and hand to gRPC",
-    "wire, and waiting for the node",
-    "the node's own work",
+    _WAIT,
     "decode and check",
     "head, forward",
     "backward (front and head)",
@@ -80,7 +79,9 @@ def small(plan: Plan) -> Chapter:
         "The bare loop carries the same tensors through the same parts with the same arithmetic, as raw bytes on one "
         f"gRPC stream over mutual TLS, and checks nothing. Batches of {MLP.batch}, one in flight. The second table "
         "shows where a step's microseconds go, measured with timers around the owner's calls in a run of its own (they "
-        "cost a little). The node's update happens while its answer travels; its time is counted in the next answer."
+        "cost a little). The last row is what the node says it computed: most of it within the wait, but its update "
+        "happens while the owner goes on. *Everything else* holds the loss, callbacks, and waits for Python's lock, "
+        "which gRPC's threads share."
     )
     tables = (Table("Samples per second", columns, tuple(rows)), _breakdown_table(breakdowns))
     return Chapter("Small models against a bare gRPC loop", what, tables, tuple(findings))
@@ -116,7 +117,7 @@ def _finding(subject: Subject, topology: Topology, count: int, cloister: Measure
 
 
 def _breakdown_table(breakdowns: list[tuple[str, dict[str, float]]]) -> Table:
-    names = (*_SPANS, "everything else", "a step")
+    names = (*_SPANS, "everything else", "a step", _NODE)
     rows = tuple((name, *(us(spans.get(name, 0.0)) for _, spans in breakdowns)) for name in names)
     title = f"Where a step goes, in microseconds ({number(len(breakdowns))} settings)"
     return Table(title, ("", *(name for name, _ in breakdowns)), rows)
@@ -139,13 +140,9 @@ class Spans:
         finally:
             whole = time.perf_counter() - started
             inner = self._open.pop()
-            self.add(name, whole - inner)
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - inner
             if self._open:
                 self._open[-1] += whole
-
-    def add(self, name: str, seconds: float) -> None:
-        """Adds to a span by hand."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def around(self, name: str, function: Callable[_P, _T]) -> Callable[_P, _T]:
         """``function``, timed."""
@@ -159,19 +156,19 @@ class Spans:
 
 def _breakdown(run: SplitRun, cut: Cut, steps: int) -> dict[str, float]:
     """Seconds of a step by what they are spent on."""
-    spans, receive = Spans(), Link.receive
+    spans, receive, node_s = Spans(), Link.receive, 0.0
 
     def received(link: Link) -> Answer:
+        nonlocal node_s
         with spans.span("decode and check"):
             answer = receive(link)
-        spans.add("the node's own work", answer.compute_s)
-        spans.add("wire, and waiting for the node", -answer.compute_s)
+        node_s += answer.compute_s
         return answer
 
     patches: list[contextlib.AbstractContextManager[object]] = [
         mock.patch.object(Link, "receive", received),
         mock.patch.object(Link, "send", spans.around("encode and hand to gRPC", Link.send)),
-        mock.patch.object(Stream, "receive", spans.around("wire, and waiting for the node", Stream.receive)),
+        mock.patch.object(Stream, "receive", spans.around(_WAIT, Stream.receive)),
         mock.patch.object(PartOptimizer, "apply", spans.around("optimizers", PartOptimizer.apply)),
         mock.patch.object(
             torch.autograd, "backward", spans.around("backward (front and head)", torch.autograd.backward)
@@ -185,4 +182,5 @@ def _breakdown(run: SplitRun, cut: Cut, steps: int) -> dict[str, float]:
             stack.enter_context(patch)
         step_s = run.run(steps) / steps
     found = {name: seconds / steps for name, seconds in spans.seconds.items()}
-    return found | {"everything else": step_s - sum(found.values()), "a step": step_s}
+    rest = {"everything else": step_s - sum(found.values()), "a step": step_s, _NODE: node_s / steps}
+    return found | rest
