@@ -36,13 +36,16 @@ _T = TypeVar("_T")
 
 TARGET: Final = 0.9  # of the bare loop's throughput
 _BARE: Final = {MLP.name: "mlp", SMALL_CNN.name: "cnn"}
+_BACKWARD: Final = "backward (front and head)"
+_WAIT: Final = "waiting: the wire and the node"
+_NODE: Final = "the node's own work, by its clock"
 _SPANS: Final = (
     "front, forward",
     "encode and hand to gRPC",
     _WAIT,
     "decode and check",
     "head, forward",
-    "backward (front and head)",
+    _BACKWARD,
     "optimizers",
 )
 
@@ -170,9 +173,7 @@ def _breakdown(run: SplitRun, cut: Cut, steps: int) -> dict[str, float]:
         mock.patch.object(Link, "send", spans.around("encode and hand to gRPC", Link.send)),
         mock.patch.object(Stream, "receive", spans.around(_WAIT, Stream.receive)),
         mock.patch.object(PartOptimizer, "apply", spans.around("optimizers", PartOptimizer.apply)),
-        mock.patch.object(
-            torch.autograd, "backward", spans.around("backward (front and head)", torch.autograd.backward)
-        ),
+        mock.patch.object(torch.autograd, "backward", spans.around(_BACKWARD, torch.autograd.backward)),
         mock.patch.object(cut.front, "forward", spans.around("front, forward", cut.front.forward)),
     ]
     if cut.head is not None:
