@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and writes where asked; returns the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
+    # Leaves by the way of an exception, so that nodes, relays and folders go too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     names = list(_BENCHMARKS) if options.what == "all" else [options.what]
     chapters = [_BENCHMARKS[name][1 if options.quick else 0]() for name in names]
