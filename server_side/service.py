@@ -156,8 +156,8 @@ class NodeService:
             request = _only(call, requests, node_pb2.SnapshotRequest)
             stay = self._keeper.find(call.owner, request.session_id)
             with self._working(call, stay, "snapshot", context):
-                call.overdue_at = time.monotonic() + SNAPSHOT_S  # what is written waits for a peer that does not read
                 step, data = _dumped(stay, with_optimizer=request.with_optimizer)
+                call.overdue_at = time.monotonic() + SNAPSHOT_S  # what is written waits for a peer that does not read
                 header = node_pb2.SnapshotHeader(next_step=step, state_bytes=len(data), state_sha256=sha256(data))
                 yield node_pb2.SnapshotResponse(header=header)
                 for chunk in chunks(data):

@@ -591,7 +591,7 @@ PLAIN: Final = Chain(lambda m, _, h: m.head(m.body(h)))
         (PLAIN, "", "head", "no submodule ''"),
         (PLAIN, "unused", "head", "'unused' is never called"),
         (PLAIN, "head", "stem", "'stem' runs before 'head'"),
-        (PLAIN, "stem", "stem", "'stem' runs before 'stem'"),
+        (PLAIN, "stem", "stem", "front and head are both 'stem'"),
         (PLAIN, "body", "head", "nothing runs between 'body' and 'head'"),
         (PLAIN, "head", None, "nothing runs between 'head' and 'the end'"),
         (PLAIN, "body.0", "body", "front 'body.0' and head 'body': one stands inside the other"),
