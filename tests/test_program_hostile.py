@@ -676,6 +676,13 @@ def test_T02_a_graph_that_grows_as_rows_shrink_is_bounded_at_each_count() -> Non
         bounded(message, rows=1)
 
 
+def test_T02_sizes_end_at_what_a_double_holds() -> None:
+    assert bounded(program(op("cloister::mul", 2**26, 2**27), RELU)) == 2 * 4 * 4
+    for name, a, b in (("add", 2**53, 1), ("sub", -(2**53), 1), ("mul", 2**27, 2**27), ("floordiv", -(2**63), -1)):
+        with pytest.raises(ProgramRejectedError, match=r"beyond 2\*\*53"):
+            bounded(program(op(f"cloister::{name}", a, b), RELU))
+
+
 def test_T02_what_operators_make_within_counts() -> None:
     message = program(op("einsum.default", "a,b,ab->", [V(0), V(0), V(1)]), state=((1000,), (1000, 1000)))
 
