@@ -65,7 +65,7 @@ protos: setup  ## regenerate the stubs in protos/
 	$(PROTOC) --grpc_python_out=$(PROTOS_OUT) --mypy_grpc_out=quiet:$(PROTOS_OUT) $$(grep -l '^service ' protos/*.proto)
 
 bench: setup  ## measure against the same models trained unsplit; writes bench/RESULTS.md
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench all --write
 
 docs: setup  ## write docs/cli.md from the commands themselves
 	$(BIN)/python -m docs.cli $(DOCS_OUT)/cli.md
