@@ -27,7 +27,7 @@ from client_side.cutting import Cut
 from client_side.link import Answer, Link
 from client_side.spawn import LocalNode
 from client_side.stream import Stream
-from wire.recipe import PartOptimizer
+from wire.optimizers import PartOptimizer
 
 __all__ = ["FULL", "QUICK", "Plan", "Spans", "small"]
 

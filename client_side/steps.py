@@ -24,7 +24,8 @@ from client_side.cutting import Cut
 from client_side.link import Answer, Link
 from protos import node_pb2
 from wire.errors import ConfigError, MessageRejectedError, NonFiniteError
-from wire.recipe import Loss, PartOptimizer, stream
+from wire.optimizers import PartOptimizer
+from wire.recipe import Loss, own_streams, seed_stream
 
 __all__ = ["Batch", "MicroBatch", "StepRunner", "micro_batches", "rows_of"]
 
@@ -75,6 +76,8 @@ def micro_batches(inputs: Batch, labels: torch.Tensor, count: int) -> list[Micro
     counts = {len(x) for x in (*inputs, labels)}
     if len(counts) != 1 or 0 in counts:
         raise ConfigError(f"the tensors of a batch have equally many rows, at least one; here {sorted(counts)}")
+    if count == 1:
+        return [MicroBatch(inputs, labels, 1.0)]
     rows = rows_of(labels.shape[0], count)
     parts = zip(*(torch.split(x, rows) for x in inputs), strict=True)
     return [
@@ -114,6 +117,10 @@ class StepRunner:
         Raises:
             WireError, UnreachableError: see :meth:`Link.receive`.
         """
+        with own_streams():
+            return self._run(step, batch)
+
+    def _run(self, step: int, batch: list[MicroBatch]) -> float:
         self._flying.clear()
         total, sent, done = 0.0, 0, 0
         while done < len(batch):
@@ -139,8 +146,8 @@ class StepRunner:
         return total
 
     def _forward(self, step: int, number: int, micro_batch: MicroBatch, *, last: bool) -> None:
-        with stream(self._seed, "front", step, number):
-            made = self._cut.front(*(x.to(self._device) for x in micro_batch.inputs))
+        seed_stream(self._seed, "front", step, number)
+        made = self._cut.front(*(x.to(self._device) for x in micro_batch.inputs))
         smashed, kept = self._cut.split_outputs(made)
         labels = micro_batch.labels
         vanilla = self._cut.head is None
@@ -167,10 +174,10 @@ class StepRunner:
             raise MessageRejectedError("the node answered a forward that was never sent")
         # Copies, because a head may begin with an operator in place, which autograd refuses on leaves.
         received = [t.clone() if t.requires_grad else t for t in (*outputs, *flying.kept_leaves)]
-        with stream(self._seed, "head", step, flying.number):
-            output = self._cut.head(*received)
-            self._loss.check(output, flying.labels)
-            loss = self._loss(output, flying.labels)
+        seed_stream(self._seed, "head", step, flying.number)
+        output = self._cut.head(*received)
+        self._loss.check(output, flying.labels)
+        loss = self._loss(output, flying.labels)
         with self._tied_apart(flying):
             # A whole batch weighs 1.0: its product is the loss itself, to the bit.
             weighted = loss if flying.weight == 1.0 else loss * flying.weight

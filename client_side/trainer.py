@@ -20,7 +20,8 @@ from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from client_side.steps import Batch, StepRunner, micro_batches
 from wire.errors import ConfigError
 from wire.identity import Identity
-from wire.recipe import SGD, Adam, Loss, LossName, Optimizer, PartOptimizer
+from wire.optimizers import PartOptimizer
+from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
 from wire.state import split_state
 
 __all__ = ["Loader", "Trainer"]
@@ -95,7 +96,7 @@ class Trainer:
         self._past_traffic = Traffic(0, 0, 0)
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
-        self._optimizers = [PartOptimizer(optimizer, part.parameters()) for part in parts]
+        self._optimizers = [PartOptimizer(optimizer, dict(part.named_parameters())) for part in parts]
         self.state = TrainState()
 
     def __enter__(self) -> Self:

@@ -12,7 +12,8 @@ import torch
 
 from client_side.cutting import Cut, as_tuple
 from client_side.steps import Batch, micro_batches
-from wire.recipe import Loss, Optimizer, PartOptimizer, stream, stream_seed
+from wire.optimizers import PartOptimizer
+from wire.recipe import Loss, Optimizer, own_streams, seed_stream, stream_seed
 
 __all__ = ["UnsplitTrainer"]
 
@@ -24,9 +25,9 @@ class UnsplitTrainer:
         """Takes the model's own tensors: they move in place."""
         self._cut, self._loss, self._count, self._seed = cut, loss, micro_batches, seed
         parts = [part for part in (cut.front, cut.middle, cut.head) if part is not None]
-        parameters = [list(part.parameters()) for part in parts]
+        parameters = [{f"{number}/{n}": p for n, p in part.named_parameters()} for number, part in enumerate(parts)]
         if not optimizer.clip_norm:  # clipping by norm is by part; everything else is element by element
-            parameters = [[p for part in parameters for p in part]]
+            parameters = [{name: p for part in parameters for name, p in part.items()}]
         self._optimizers = [PartOptimizer(optimizer, part) for part in parameters]
         self._parts = parts
         self.step = 0
@@ -45,16 +46,17 @@ class UnsplitTrainer:
         """One step; returns the batch's mean loss."""
         total = 0.0
         middle_seed = stream_seed(self._seed, "middle")
-        for number, part in enumerate(micro_batches(inputs, labels, self._count)):
-            with stream(self._seed, "front", self.step, number):
+        with own_streams():
+            for number, part in enumerate(micro_batches(inputs, labels, self._count)):
+                seed_stream(self._seed, "front", self.step, number)
                 smashed, kept = self._cut.split_outputs(self._cut.front(*part.inputs))
-            with stream(middle_seed, "middle", self.step, number):
+                seed_stream(middle_seed, "middle", self.step, number)
                 made = as_tuple(self._cut.middle(*smashed))
-            with stream(self._seed, "head", self.step, number):
+                seed_stream(self._seed, "head", self.step, number)
                 output = made[0] if self._cut.head is None else self._cut.head(*made, *kept)
                 loss = self._loss(output, part.labels)
-            (loss * part.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
-            total += loss.item() * part.weight
+                (loss * part.weight).backward()  # type: ignore[no-untyped-call]  # torch's own signature
+                total += loss.item() * part.weight
         for optimizer in self._optimizers:
             optimizer.apply(self.step)
         self.step += 1

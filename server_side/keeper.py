@@ -219,15 +219,19 @@ class Keeper:
         return True
 
     def _keep_house(self) -> None:
-        pruned = float("-inf")
+        pruned, worked = float("-inf"), False
         while not self._stop.wait(min(JANITOR_S, self._idle_s / 4)):
             now = time.monotonic()
             self.callers.hang_up_overdue()
-            if self._ended.is_set():
+            with self._lock:
+                idle_s = {i: s.session.idle_for(now) for i, s in self._stays.items()}
+            idle = [i for i, seconds in idle_s.items() if seconds > self._idle_s]
+            working = any(seconds < JANITOR_S for seconds in idle_s.values())
+            # Not while sessions work: what they free they need again at once.
+            if (worked or self._ended.is_set()) and not working:
                 self._ended.clear()
                 give_back()
-            with self._lock:
-                idle = [i for i, s in self._stays.items() if s.session.idle_for(now) > self._idle_s]
+            worked = working
             for session_id in idle:
                 self._end(session_id, SessionState.EXPIRED)
             if now - pruned > dt.timedelta(days=1).total_seconds():

@@ -120,14 +120,15 @@ class NodeService:
                 answer = stay.session.train(request.frame, metrics.frame_resent)
                 if ended.is_set():
                     raise SessionSupersededError("a newer stream works on this session")
+                yield answer
+                # While the answer travels and the owner goes on.
+                stay.session.settle()
                 # After the session has checked them: counting by foreign headers could take for ever.
                 metrics.received(min(payload_bytes(request.frame.tensors), most))
                 metrics.sent(payload_bytes(answer.tensors))
                 metrics.frame_answered(answer.phase, answer.compute_s)
                 if answer.updated:
                     metrics.step_applied()
-                yield answer
-                stay.session.settle()  # while the answer travels and the owner goes on
 
     def Infer(
         self,

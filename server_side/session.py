@@ -28,14 +28,14 @@ from wire.errors import (
     MessageRejectedError,
     ProgramRejectedError,
     SessionLostError,
-    StateRejectedError,
     StepOutOfOrderError,
     TensorRejectedError,
     WireError,
 )
 from wire.interpreter import Runner, activation_bytes, check_state
+from wire.optimizers import PartOptimizer
 from wire.program import Graph, Program, State
-from wire.recipe import SGD, Loss, Optimizer, PartOptimizer, stream_seed
+from wire.recipe import Loss, Optimizer, stream_seed
 from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
 
 __all__ = ["ANSWERS_BYTES", "Session", "SessionPlan", "run_bytes"]
@@ -119,8 +119,8 @@ class Session:
             if isinstance(value, nn.Parameter) and spec.requires_grad
         }
         self._buffers = [v for v in self._values if not isinstance(v, nn.Parameter)]
-        self._optimizer = PartOptimizer(plan.optimizer, self._parameters.values())
-        self._restore_optimizer(optimizer_state)
+        self._optimizer = PartOptimizer(plan.optimizer, self._parameters)
+        self._optimizer.restore(optimizer_state)
         self._step = plan.first_step
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
@@ -227,11 +227,9 @@ class Session:
                 STATE_PREFIX + name: value.detach().to("cpu", copy=True)
                 for name, value in zip(names, self._values, strict=True)
             }
-            if with_optimizer and self._optimizer.torch is not None:
-                for name, parameter in self._parameters.items():
-                    for slot, value in self._optimizer.torch.state.get(parameter, {}).items():
-                        if isinstance(value, torch.Tensor):
-                            tensors[f"{OPTIMIZER_PREFIX}{name}/{slot}"] = value.detach().to("cpu", copy=True)
+            if with_optimizer:
+                for key, value in self._optimizer.state().items():
+                    tensors[OPTIMIZER_PREFIX + key] = value.to("cpu", copy=True)
             return self._step, tensors
 
     def _check_order(self, frame: node_pb2.Frame) -> None:
@@ -454,35 +452,6 @@ class Session:
         while self._answers_bytes > ANSWERS_BYTES and len(self._answers) > 2 * self._plan.max_in_flight:
             oldest = self._answers.pop(next(iter(self._answers)))
             self._answers_bytes -= payload_bytes(oldest.tensors)
-
-    def _restore_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        optimizer = self._optimizer.torch
-        for key, tensor in tensors.items():
-            name, _, slot = key.rpartition("/")
-            parameter = self._parameters.get(name)
-            if parameter is None or optimizer is None:
-                raise StateRejectedError(f"optimizer state for {name!r}, which is not trained")
-            # torch counts steps in float32, on the CPU, whatever the parameter is.
-            counts = slot == "step"
-            shape = torch.Size() if counts else parameter.shape
-            dtype, home = (torch.float32, torch.device("cpu")) if counts else (parameter.dtype, self._device)
-            if slot not in self._slots or tensor.shape != shape or tensor.dtype != dtype:
-                raise StateRejectedError(f"optimizer state {slot!r} of {name!r} is not this optimizer's")
-            optimizer.state[parameter][slot] = tensor.to(home, copy=True)
-        for name, parameter in self._parameters.items():
-            missing = (
-                self._slots - optimizer.state[parameter].keys() if optimizer and parameter in optimizer.state else ()
-            )
-            if missing:
-                raise StateRejectedError(f"the optimizer state of {name!r} is without its {', '.join(sorted(missing))}")
-
-    @property
-    def _slots(self) -> frozenset[str]:
-        """What this optimizer keeps for each parameter."""
-        recipe = self._plan.optimizer
-        if isinstance(recipe, SGD):
-            return frozenset({"momentum_buffer"} if recipe.momentum else ())
-        return frozenset({"step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if recipe.amsgrad else ())})
 
 
 def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from protos import node_pb2
 from wire.errors import SpecRejectedError, TensorRejectedError
+from wire.optimizers import PartOptimizer
 from wire.recipe import (
     SGD,
     Adam,
@@ -23,11 +24,11 @@ from wire.recipe import (
     Loss,
     LossName,
     Optimizer,
-    PartOptimizer,
     Schedule,
     loss_from_proto,
     optimizer_from_proto,
-    stream,
+    own_streams,
+    seed_stream,
     stream_seed,
 )
 
@@ -212,7 +213,7 @@ def test_an_optimizer_equals_torchs_own_loop_to_the_bit(name: str, clipping: dic
     schedule = Schedule(decay="cosine", warmup_steps=3, total_steps=12, floor=0.1)
     fields = {f: getattr(recipe, f) for f in recipe.__dataclass_fields__}
     ours, theirs = model(), model()
-    part = PartOptimizer(type(recipe)(**fields | {"schedule": schedule} | clipping), ours.parameters())
+    part = PartOptimizer(type(recipe)(**fields | {"schedule": schedule} | clipping), dict(ours.named_parameters()))
     reference = torchs_own(theirs.parameters())
 
     for step in range(15):
@@ -238,8 +239,8 @@ def test_an_optimizer_equals_torchs_own_loop_to_the_bit(name: str, clipping: dic
 def test_optimizers_over_parts_equal_one_over_all_to_the_bit(name: str) -> None:
     recipe, _ = RECIPES[name]
     parted, whole = model(), model()
-    parts = [PartOptimizer(recipe, layer.parameters()) for layer in parted.children()]
-    one = PartOptimizer(recipe, whole.parameters())
+    parts = [PartOptimizer(recipe, dict(layer.named_parameters())) for layer in parted.children()]
+    one = PartOptimizer(recipe, dict(whole.named_parameters()))
 
     for step in range(5):
         x = torch.randn(4, 6)
@@ -252,7 +253,7 @@ def test_optimizers_over_parts_equal_one_over_all_to_the_bit(name: str) -> None:
 
 
 def test_an_update_forgets_the_gradients() -> None:
-    part = PartOptimizer(SGD(lr=0.1), (own := model()).parameters())
+    part = PartOptimizer(SGD(lr=0.1), dict((own := model()).named_parameters()))
     own(torch.randn(2, 6)).sum().backward()
 
     part.apply(0)
@@ -265,17 +266,17 @@ def test_frozen_and_repeated_parameters_are_left_out() -> None:
     first, *rest = own.parameters()
     first.requires_grad_(False)
 
-    part = PartOptimizer(SGD(lr=0.1), [first, *rest, *rest])
+    part = PartOptimizer(SGD(lr=0.1), {"first": first} | {f"{n}": p for n, p in enumerate([*rest, *rest])})
 
-    assert [id(p) for p in part.parameters] == [id(p) for p in rest]
+    assert [id(p) for p in part.parameters.values()] == [id(p) for p in rest]
 
 
 def test_a_part_without_parameters_has_nothing_to_do() -> None:
-    part = PartOptimizer(SGD(lr=0.1), [])
+    part = PartOptimizer(SGD(lr=0.1), {})
 
     part.apply(0)
 
-    assert part.torch is None
+    assert part.state() == {}
 
 
 # --- The rate by the step ---------------------------------------------------------------------------------------------
@@ -393,11 +394,15 @@ def test_T06_labels_that_do_not_fit_are_refused_before_the_loss(
 def test_a_stream_gives_the_same_numbers_whatever_ran_before_and_leaves_no_trace() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    with stream(1, "front", 3, 0):
+    with own_streams():
+        seed_stream(1, "front", 3, 0)
         first = torch.rand(4)
     untouched = torch.get_rng_state()
     torch.rand(100)
-    with stream(1, "front", 3, 0):
+    with own_streams():
+        seed_stream(1, "head", 3, 0)
+        torch.rand(9)
+        seed_stream(1, "front", 3, 0)
         second = torch.rand(4)
 
     assert torch.equal(first, second)
@@ -407,8 +412,13 @@ def test_a_stream_gives_the_same_numbers_whatever_ran_before_and_leaves_no_trace
 def test_a_stream_that_ends_in_an_error_leaves_no_trace_either() -> None:
     before = torch.get_rng_state()
 
-    with pytest.raises(RuntimeError), stream(1, "front", 3, 0):
-        torch.rand(4).view(5)
+    def fail() -> None:
+        with own_streams():
+            seed_stream(1, "front", 3, 0)
+            torch.rand(4).view(5)
+
+    with pytest.raises(RuntimeError):
+        fail()
 
     assert torch.equal(before, torch.get_rng_state())
 

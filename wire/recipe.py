@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, clipping and losses as data, built alike on both sides.
+"""Optimizers, learning-rate schedules, clipping and losses as data, and the random streams of a step's parts.
 
 The owner trains front and head, the node the middle, each with an optimizer of its own over its own parameters; since
 every update is element by element, that equals one optimizer over all of them, to the bit. The learning rate is a pure
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
@@ -28,11 +28,11 @@ __all__ = [
     "Loss",
     "LossName",
     "Optimizer",
-    "PartOptimizer",
     "Schedule",
     "loss_from_proto",
     "optimizer_from_proto",
-    "stream",
+    "own_streams",
+    "seed_stream",
     "stream_seed",
 ]
 
@@ -72,15 +72,19 @@ def stream_seed(seed: int, part: str, step: int = 0, micro_batch: int = 0) -> in
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-@contextmanager
-def stream(seed: int, part: str, step: int, micro_batch: int) -> Iterator[None]:
-    """Inside, torch's default generators draw from that stream; afterwards they stand where they stood."""
-    cpu = torch.default_generator.get_state()
-    # Only where CUDA is at work already: asking would start it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    torch.default_generator.manual_seed(number := stream_seed(seed, part, step, micro_batch))
-    if cuda:
+def seed_stream(seed: int, part: str, step: int, micro_batch: int) -> None:
+    """Puts torch's default generators at the beginning of that stream; see :func:`own_streams`."""
+    number = stream_seed(seed, part, step, micro_batch)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking for more would start CUDA
         torch.cuda.manual_seed_all(number)
+
+
+@contextmanager
+def own_streams() -> Iterator[None]:
+    """Around the parts of a step: afterwards torch's default generators stand where they stood."""
+    cpu = torch.default_generator.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -190,17 +194,6 @@ class SGD(_Common):
         if self.nesterov:
             _require(self.momentum > 0 and self.dampening == 0, "nesterov: needs momentum and no dampening")
 
-    def torch(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer over ``parameters``."""
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            dampening=self.dampening,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
-
     def to_proto(self) -> node_pb2.Optimizer:
         """As a message."""
         return self._wrap(
@@ -228,17 +221,6 @@ class Adam(_Common):
         self._check(eps=self.eps, weight_decay=self.weight_decay)
         _require(all(0.0 <= beta < 1.0 for beta in self.betas), "optimizer betas: each from 0 to below 1")
 
-    def torch(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer over ``parameters``."""
-        return torch.optim.Adam(
-            parameters,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            amsgrad=self.amsgrad,
-        )
-
     def _message(self) -> node_pb2.Adam:
         return node_pb2.Adam(
             lr=self.lr,
@@ -260,46 +242,12 @@ class AdamW(Adam):
 
     weight_decay: float = 0.01
 
-    def torch(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer over ``parameters``."""
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            amsgrad=self.amsgrad,
-        )
-
     def to_proto(self) -> node_pb2.Optimizer:
         """As a message."""
         return self._wrap(adamw=self._message())
 
 
 Optimizer: TypeAlias = SGD | Adam | AdamW
-
-
-class PartOptimizer:
-    """One part's optimizer at work: clips, sets the step's learning rate, steps, forgets the gradients."""
-
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        """Takes those of ``parameters`` that require a gradient, each once; there may be none."""
-        self._recipe = optimizer
-        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
-        self.torch = optimizer.torch(self.parameters) if self.parameters else None
-
-    def apply(self, step: int) -> None:
-        """One update with the gradients that have gathered."""
-        if self.torch is None:
-            return
-        if self._recipe.clip_value:
-            nn.utils.clip_grad_value_(self.parameters, self._recipe.clip_value)
-        if self._recipe.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self._recipe.clip_norm)
-        for group in self.torch.param_groups:
-            group["lr"] = self._recipe.lr * self._recipe.schedule.factor(step)
-        self.torch.step()
-        self.torch.zero_grad(set_to_none=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +298,7 @@ class Loss:
             )
         if labels.shape != (output.shape[0], *output.shape[2:]):
             raise TensorRejectedError(f"labels {tuple(labels.shape)} for an output {tuple(output.shape)}")
-        low, high = int(labels.min()), int(labels.max())
+        low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high >= output.shape[1]:
             raise TensorRejectedError(f"labels from {low} to {high} for {output.shape[1]} classes")
 
