@@ -1,9 +1,9 @@
 """Measuring ratios on a machine that drifts: contenders run in turns, block by block, and are compared block by block.
 
-A block is so many steps as fill a set time. In every round each contender has one block, with blocks of the baseline
-between them (A B A C A ...), and every other round runs backwards; a contender's ratio in a round is taken against the
-baseline's blocks just before and just after it. Warm-up blocks are not counted. What is reported is the median over
-the rounds, with the smallest and the largest.
+A block is so many steps as fill a set time, two at least. In every round each contender has one block, with blocks of
+the baseline between them (A B A C A ...), and every other round runs backwards; a contender's ratio in a round is taken
+against the baseline's blocks just before and just after it. Warm-up blocks are not counted. What is reported is the
+median over the rounds, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Final, Self
 __all__ = ["Contender", "Measured", "Spread", "race", "tell"]
 
 _MOST_STEPS: Final = 500  # of one block
+#: The first step after another contender's block finds every cache cold, which no training does but once.
+_LEAST_STEPS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +133,11 @@ def _warmed_up(contender: Contender, block_s: float) -> int:
     """Runs an uncounted block; returns how many steps fill ``block_s``."""
     contender.run(1)
     alone = contender.run(1)
-    steps = max(1, min(_MOST_STEPS, round(block_s / max(alone, 1e-9))))
-    if steps == 1:
-        return 1
+    steps = max(_LEAST_STEPS, min(_MOST_STEPS, round(block_s / max(alone, 1e-9))))
+    if steps == _LEAST_STEPS:
+        return steps
     # A single step is slower than one among many: what the first ones say is corrected once.
-    return max(1, min(_MOST_STEPS, round(block_s / max(contender.run(steps) / steps, 1e-9))))
+    return max(_LEAST_STEPS, min(_MOST_STEPS, round(block_s / max(contender.run(steps) / steps, 1e-9))))
 
 
 def tell(line: str) -> None:

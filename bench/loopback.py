@@ -58,9 +58,9 @@ class Plan:
 FULL: Final = Plan(
     subjects=(RESNET18, ECG_CNN, TRANSFORMER),
     threads=(1, 2),
-    in_flight=((1, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 8)),
+    in_flight=((1, 1), (2, 2), (4, 1), (4, 4)),
     closer=3,
-    sweep=2,
+    sweep=1,
     block_s=0.15,
 )
 QUICK: Final = Plan(subjects=(RESNET18,), threads=(1,), in_flight=((1, 1), (4, 4)), closer=1, sweep=1, block_s=0.1)

@@ -23,7 +23,9 @@ from bench.loopback import threads
 from bench.models import MLP, SMALL_CNN, TOPOLOGIES, Subject
 from bench.report import Chapter, Finding, Table, number, ratio, spread, us
 from bench.runs import SplitRun, topology_name, unsplit
+from client_side import steps as steps_of_owner
 from client_side.cutting import Cut
+from client_side.frames import encode_frame
 from client_side.link import Answer, Link
 from client_side.spawn import LocalNode
 from client_side.stream import Stream
@@ -36,12 +38,13 @@ _T = TypeVar("_T")
 
 TARGET: Final = 0.9  # of the bare loop's throughput
 _BARE: Final = {MLP.name: "mlp", SMALL_CNN.name: "cnn"}
+_ENCODE: Final = "encode and hand to gRPC"
 _BACKWARD: Final = "backward (front and head)"
 _WAIT: Final = "waiting: the wire and the node"
 _NODE: Final = "the node's own work, by its clock"
 _SPANS: Final = (
     "front, forward",
-    "encode and hand to gRPC",
+    _ENCODE,
     _WAIT,
     "decode and check",
     "head, forward",
@@ -170,7 +173,8 @@ def _breakdown(run: SplitRun, cut: Cut, steps: int) -> dict[str, float]:
 
     patches: list[contextlib.AbstractContextManager[object]] = [
         mock.patch.object(Link, "receive", received),
-        mock.patch.object(Link, "send", spans.around("encode and hand to gRPC", Link.send)),
+        mock.patch.object(steps_of_owner, "encode_frame", spans.around(_ENCODE, encode_frame)),
+        mock.patch.object(Link, "send", spans.around(_ENCODE, Link.send)),
         mock.patch.object(Stream, "receive", spans.around(_WAIT, Stream.receive)),
         mock.patch.object(PartOptimizer, "apply", spans.around("optimizers", PartOptimizer.apply)),
         mock.patch.object(torch.autograd, "backward", spans.around(_BACKWARD, torch.autograd.backward)),

@@ -15,6 +15,7 @@ class TrainState:
 
     Attributes:
         epoch: epochs finished.
+        batch: batches of the next epoch that are done; more than 0 within one, and where a run resumes within one.
         epochs: epochs asked for so far.
         global_step: steps finished.
         steps_per_epoch: where the loader tells.
@@ -25,6 +26,7 @@ class TrainState:
     epochs: int = 0
     global_step: int = 0
     steps_per_epoch: int | None = None
+    batch: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from client_side.answers import Answers
 from client_side.cutting import Cut
-from client_side.link import Link
+from client_side.route import SessionLink
 from client_side.steps import Batch, rows_of
 
 __all__ = ["evaluation_mode", "infer"]
@@ -42,7 +42,7 @@ def evaluation_mode(cut: Cut) -> Iterator[None]:
 
 
 def infer(
-    cut: Cut, link: Link, batches: Iterable[Batch], *, max_rows: int, device: torch.device
+    cut: Cut, link: SessionLink, batches: Iterable[Batch], *, max_rows: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
     """The model's output for each of ``batches``, in order; several are under way at a time.
 

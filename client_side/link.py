@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -12,18 +13,26 @@ from typing import Final
 import grpc
 import torch
 
+from client_side.frames import SentFrame
 from client_side.stream import Stream, patiently
 from client_side.stub import NodeStub
 from protos import node_pb2, tensor_pb2
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
-from wire.codec import check_finite, decode, encode, encode_into, is_absent, payload_bytes
-from wire.errors import CloisterError, ConfigError, LimitExceededError, MessageRejectedError, error_from_rpc
+from wire.codec import check_finite, decode, encode, is_absent, payload_bytes
+from wire.errors import (
+    CloisterError,
+    ConfigError,
+    LimitExceededError,
+    MessageRejectedError,
+    StateRejectedError,
+    error_from_rpc,
+)
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 from wire.state import chunks, dump_state, gather, load_state, sha256
 
-__all__ = ["RECONNECT_S", "Answer", "Link", "NodeAddress", "SessionRequest", "Traffic"]
+__all__ = ["RECONNECT_S", "Answer", "Incoming", "Link", "NodeAddress", "SessionRequest", "Traffic"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +41,9 @@ CALL_TIMEOUT_S: Final = 30.0
 _GOODBYE_S: Final = 5.0  # whoever presses Ctrl-C on a node that hangs is not kept waiting; the session expires anyway
 RECONNECT_S: Final = 120.0  # a node that restarts is back within seconds; a router within two minutes
 _STATE_HEADERS: Final = 16 * 2**20  # what names of tensors may add to a snapshot
+_MOST_KNOWN: Final = 7000  # tensors that a node lets itself be told of
+_MOST_TENSORS: Final = 2**17
+_DIGEST_BYTES: Final = 32
 _INFER_AHEAD: Final = 4  # batches sent before the first answer is read
 
 
@@ -87,6 +99,10 @@ class SessionRequest:
     max_in_flight: int
     want_input_gradients: bool
     first_step: int = 0
+    #: SHA-256 and size of what the node keeps: then ``tensors`` stay here.
+    kept: tuple[bytes, int] | None = None
+    #: An earlier session on the same node, which ends.
+    replaces: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +129,120 @@ class Answer:
     loss: float
     updated: bool
     compute_s: float
+    draining: bool
+
+
+class Incoming:
+    """A snapshot on its way. For one thread, which need not be the link's.
+
+    Attributes:
+        next_step: the boundary that it was taken at.
+        node: the fingerprint of the node that it comes from; empty where a CA vouches for it.
+    """
+
+    def __init__(
+        self,
+        next_step: int,
+        node: str,
+        responses: Iterator[node_pb2.SnapshotResponse],
+        most_bytes: int,
+        received: Callable[[int], None],
+    ) -> None:
+        self.next_step, self.node = next_step, node
+        self._responses, self._most_bytes, self._received = responses, most_bytes, received
+        self._told: tuple[dict[str, bytes], node_pb2.SnapshotContents] | None = None
+
+    @property
+    def digests(self) -> dict[str, bytes]:
+        """Of all its tensors, by name.
+
+        Raises:
+            MessageRejectedError, LimitExceededError: what the node announces is no snapshot, or too large for one.
+            WireError, UnreachableError: the node failed meanwhile.
+        """
+        return self._contents()[0]
+
+    @property
+    def state_bytes(self) -> int:
+        """How many are to come."""
+        return self._contents()[1].state_bytes
+
+    @property
+    def state_sha256(self) -> bytes:
+        """Of the bytes that are to come."""
+        return self._contents()[1].state_sha256
+
+    @property
+    def kept(self) -> tuple[bytes, int] | None:
+        """SHA-256 and size of what the node keeps on its own disk."""
+        last = self._contents()[1]
+        return (last.kept_sha256, last.kept_bytes) if last.kept_sha256 else None
+
+    def _contents(self) -> tuple[dict[str, bytes], node_pb2.SnapshotContents]:
+        if self._told is not None:
+            return self._told
+        digests: dict[str, bytes] = {}
+        last = node_pb2.SnapshotContents()
+        while not last.state_sha256:
+            with _rpc_errors():
+                part = next(self._responses, None)
+            if part is None or part.WhichOneof("part") != "contents" or len(digests) > _MOST_TENSORS:
+                raise MessageRejectedError("the node's snapshot does not say what it contains")
+            digests |= {named.name: named.sha256 for named in part.contents.tensors}
+            last = part.contents
+        if any(len(digest) != _DIGEST_BYTES for digest in (*digests.values(), last.state_sha256)):
+            raise MessageRejectedError(f"a digest of another length than {_DIGEST_BYTES} bytes")
+        if last.state_bytes > self._most_bytes:
+            raise LimitExceededError(
+                f"the node announces {last.state_bytes} bytes of state; at most {self._most_bytes} can be ours"
+            )
+        self._told = digests, last
+        return self._told
+
+    def pieces(self) -> Iterator[bytes]:
+        """The state's bytes, as they come; never more than were announced.
+
+        Raises:
+            StateRejectedError: more than that.
+            WireError, UnreachableError: as for :attr:`digests`.
+        """
+        left = self.state_bytes
+        while True:
+            with _rpc_errors():
+                response = next(self._responses, None)
+            if response is None:
+                return
+            left -= len(response.chunk)
+            if left < 0:
+                raise StateRejectedError(f"more than the {self.state_bytes} bytes of state that were announced")
+            self._received(len(response.chunk))
+            yield response.chunk
+
+
+@contextmanager
+def _rpc_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_from_rpc(error) from error
 
 
 class Link:
-    """One session on one node. For one thread."""
+    """One session on one node. For one thread.
 
-    def __init__(self, address: NodeAddress, identity: Identity, *, reconnect_s: float = RECONNECT_S) -> None:
-        """Connects.
+    Attributes:
+        target: the node's host and port.
+    """
+
+    def __init__(
+        self,
+        address: NodeAddress,
+        identity: Identity,
+        *,
+        reconnect_s: float = RECONNECT_S,
+        leave_silent: bool = False,
+    ) -> None:
+        """Connects; see :class:`Stream` for ``leave_silent``.
 
         Raises:
             IdentityError, UnreachableError, ConfigError: see :func:`wire.channels.connect`.
@@ -131,7 +254,7 @@ class Link:
             certificate=address.certificate,
             ca=address.ca,
         )
-        self._reconnect_s, self._target = reconnect_s, address.target
+        self._reconnect_s, self.target = reconnect_s, address.target
         self._fingerprint = address.fingerprint()
         self._stub = NodeStub(self._channel)
         self._session = b""
@@ -142,12 +265,18 @@ class Link:
             lambda: node_pb2.TrainRequest(attachment=node_pb2.Attachment(session_id=self._session)),
             reconnect_s=reconnect_s,
             name=f"the node {address.target}",
+            leave_silent=leave_silent,
         )
         try:
             wait_ready(self._channel)
         except CloisterError:
             self._channel.close()
             raise
+
+    @property
+    def session(self) -> bytes:
+        """The id of its session; empty before there is one."""
+        return self._session
 
     @property
     def traffic(self) -> Traffic:
@@ -175,17 +304,19 @@ class Link:
             WireError: the node's reason for refusing.
             UnreachableError: the node cannot be reached.
         """
-        state = dump_state(request.tensors)
+        kept = request.kept
+        state = b"" if kept is not None else dump_state(request.tensors)
         # The tensors, three of the optimizer's for each, and their names.
-        self._most_state = 4 * len(state) + _STATE_HEADERS
+        self._most_state = 4 * (len(state) if kept is None else kept[1]) + _STATE_HEADERS
         self._session = secrets.token_bytes(16)
         spec = node_pb2.SessionSpec(
             session_id=self._session,
             node_fingerprint=self._fingerprint,  # sent on to another node, it opens nothing (T04)
             program_sha256=request.program_digest,
             program_bytes=len(request.program),
-            state_sha256=sha256(state),
-            state_bytes=len(state),
+            state_sha256=sha256(state) if kept is None else kept[0],
+            state_bytes=len(state) if kept is None else kept[1],
+            state_kept=kept is not None,
             topology=request.topology,
             loss=None if request.loss is None else request.loss.to_proto(),
             optimizer=request.optimizer.to_proto(),
@@ -194,6 +325,7 @@ class Link:
             max_in_flight=request.max_in_flight,
             want_input_gradients=request.want_input_gradients,
             first_step=request.first_step,
+            replaces=request.replaces,
         )
 
         def parts() -> Iterator[node_pb2.OpenSessionRequest]:
@@ -207,34 +339,10 @@ class Link:
         opened = patiently(lambda: self._stub.OpenSession(parts(), timeout=OPEN_TIMEOUT_S), self._reconnect_s)
         return int(opened.next_step)
 
-    def send(
-        self,
-        *,
-        step: int,
-        micro_batch: int,
-        phase: node_pb2.Phase.ValueType,
-        tensors: Sequence[torch.Tensor | None] = (),
-        labels: torch.Tensor | None = None,
-        loss_weight: float = 0.0,
-        update: bool = False,
-    ) -> None:
-        """Sends one frame; its answer comes from :meth:`receive`, in the order of sending.
-
-        ``None`` among output gradients says that there is none, not even zeros.
-        """
-        request = node_pb2.TrainRequest()
-        frame = request.frame
-        frame.step, frame.micro_batch, frame.phase = step, micro_batch, phase
-        frame.update, frame.loss_weight = update, loss_weight
-        for tensor in tensors:
-            message = frame.tensors.add()
-            if tensor is not None:
-                encode_into(message, tensor)
-                self._up += tensor.nbytes
-        if labels is not None:
-            encode_into(frame.labels, labels)
-            self._up += labels.nbytes
-        self._train.send(request)
+    def send(self, frame: SentFrame) -> None:
+        """Sends one frame; its answer comes from :meth:`receive`, in the order of sending."""
+        self._up += frame.tensor_bytes
+        self._train.send(frame)
 
     def receive(self) -> Answer:
         """The answer of the oldest unanswered frame.
@@ -244,8 +352,7 @@ class Link:
             NonFiniteError, TensorRejectedError: what came back is no good (T17).
             UnreachableError: the node did not come back in time.
         """
-        request, response = self._train.receive()
-        frame = request.frame
+        frame, response = self._train.receive()
         if (response.step, response.micro_batch, response.phase) != (frame.step, frame.micro_batch, frame.phase):
             raise MessageRejectedError("the node answered another frame than the one it was sent")
         if response.updated != (frame.update or frame.phase == node_pb2.PHASE_UPDATE):
@@ -258,6 +365,7 @@ class Link:
             response.loss,
             response.updated,
             response.compute_s,
+            response.draining,
         )
 
     def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor | None]]:
@@ -267,7 +375,7 @@ class Link:
             self._stub.Infer,
             lambda: node_pb2.InferRequest(attachment=node_pb2.Attachment(session_id=self._session)),
             reconnect_s=self._reconnect_s,
-            name=f"the node {self._target}",
+            name=f"the node {self.target}",
         )
         try:
             for index, batch in enumerate(batches):
@@ -289,23 +397,33 @@ class Link:
         """
 
         def fetch() -> tuple[int, dict[str, torch.Tensor]]:
-            request = node_pb2.SnapshotRequest(session_id=self._session, with_optimizer=with_optimizer)
-            responses = iter(self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S))
-            first = next(responses, None)
-            if first is None or first.WhichOneof("part") != "header":
-                raise MessageRejectedError("the node's snapshot does not start with its header")
-            header = first.header
-            if header.state_bytes > self._most_state:
-                raise LimitExceededError(
-                    f"the node announces {header.state_bytes} bytes of state; at most {self._most_state} can be ours"
-                )
-            pieces = (response.chunk for response in responses)
-            data = gather(pieces, header.state_bytes, header.state_sha256, "state")
-            self._down += len(data)
-            return header.next_step, load_state(data)
+            coming = self._begun(with_optimizer=with_optimizer, known=(), keep=False)
+            data = gather(coming.pieces(), coming.state_bytes, coming.state_sha256, "state")
+            return coming.next_step, load_state(data)
 
-        fetched: tuple[int, dict[str, torch.Tensor]] = patiently(fetch, self._reconnect_s)
-        return fetched
+        return patiently(fetch, self._reconnect_s)
+
+    def begin_snapshot(self, *, known: Sequence[bytes] = (), keep: bool = False) -> Incoming:
+        """A snapshot with the optimizer's state; when this returns the node has its copy, and training may go on.
+
+        Args:
+            known: digests of tensors that need not come again.
+            keep: the node keeps the snapshot on its own disk, too.
+        """
+        return patiently(lambda: self._begun(with_optimizer=True, known=known, keep=keep), self._reconnect_s)
+
+    def _begun(self, *, with_optimizer: bool, known: Sequence[bytes], keep: bool) -> Incoming:
+        request = node_pb2.SnapshotRequest(
+            session_id=self._session, with_optimizer=with_optimizer, known=known[:_MOST_KNOWN], keep=keep
+        )
+        responses = iter(self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S))
+        first = next(responses, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise MessageRejectedError("the node's snapshot does not start with its header")
+        return Incoming(first.header.next_step, self._fingerprint.hex(), responses, self._most_state, self._received)
+
+    def _received(self, count: int) -> None:
+        self._down += count
 
     def close(self, *, end_session: bool = True) -> None:
         """Ends the session on the node (best effort: it expires there anyway) and the connection."""

@@ -43,8 +43,14 @@ def open_session(
     max_in_flight: int,
     first_step: int = 0,
     tensors: dict[str, torch.Tensor] | None = None,
+    kept: tuple[bytes, int] | None = None,
+    replaces: bytes = b"",
 ) -> None:
-    """Opens a session for ``cut`` on ``link``: with ``tensors`` of a snapshot, or with the middle's as they are now."""
+    """Opens a session for ``cut`` on ``link``.
+
+    With the middle's tensors as they are now, or with ``tensors`` of a snapshot, or with what the node ``kept`` of one
+    (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends.
+    """
     link.open(
         SessionRequest(
             program=cut.captured.data,
@@ -58,5 +64,7 @@ def open_session(
             max_in_flight=max_in_flight,
             want_input_gradients=any(p.requires_grad for p in cut.front.parameters()),
             first_step=first_step,
+            kept=kept,
+            replaces=replaces,
         ),
     )

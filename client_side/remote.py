@@ -23,6 +23,7 @@ from torch import nn
 
 from client_side.answers import Answers
 from client_side.cutting import Cut
+from client_side.frames import encode_frame
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from protos import node_pb2
@@ -120,7 +121,9 @@ class RemoteMiddle(nn.Module):
         if self._forwards != self._backwards:
             waiting = self._forwards - self._backwards
             raise ConfigError(f"{waiting} forwards had no backward: use .eval() or torch.no_grad() where none is meant")
-        self._link.send(step=self._step, micro_batch=self._forwards, phase=node_pb2.PHASE_UPDATE, update=True)
+        self._link.send(
+            encode_frame(step=self._step, micro_batch=self._forwards, phase=node_pb2.PHASE_UPDATE, update=True)
+        )
         self._link.receive()
         self._step += 1
         self._forwards = self._backwards = 0
@@ -135,7 +138,9 @@ class RemoteMiddle(nn.Module):
 
     def _send_forward(self, smashed: tuple[torch.Tensor, ...]) -> tuple[int, list[torch.Tensor]]:
         number = self._forwards
-        self._link.send(step=self._step, micro_batch=number, phase=node_pb2.PHASE_FORWARD, tensors=smashed)
+        self._link.send(
+            encode_frame(step=self._step, micro_batch=number, phase=node_pb2.PHASE_FORWARD, tensors=smashed)
+        )
         answer = self._link.receive()
         self._forwards += 1
         return number, self._answers.outputs(answer.tensors, len(smashed[0]), training=True)
@@ -146,7 +151,9 @@ class RemoteMiddle(nn.Module):
         gradients: list[torch.Tensor | None],
         smashed: list[torch.Tensor],
     ) -> list[torch.Tensor | None]:
-        self._link.send(step=self._step, micro_batch=number, phase=node_pb2.PHASE_BACKWARD, tensors=gradients)
+        self._link.send(
+            encode_frame(step=self._step, micro_batch=number, phase=node_pb2.PHASE_BACKWARD, tensors=gradients)
+        )
         answer = self._link.receive()
         self._backwards += 1
         return self._answers.gradients(answer.tensors, smashed) if self._wants_gradients else []

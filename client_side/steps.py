@@ -21,7 +21,9 @@ import torch
 
 from client_side.answers import Answers
 from client_side.cutting import Cut
-from client_side.link import Answer, Link
+from client_side.frames import encode_frame
+from client_side.link import Answer
+from client_side.route import SessionLink
 from protos import node_pb2
 from wire.errors import ConfigError, MessageRejectedError, NonFiniteError
 from wire.optimizers import PartOptimizer
@@ -92,7 +94,7 @@ class StepRunner:
     def __init__(
         self,
         cut: Cut,
-        link: Link,
+        link: SessionLink,
         loss: Loss,
         optimizers: Sequence[PartOptimizer],
         *,
@@ -152,13 +154,15 @@ class StepRunner:
         labels = micro_batch.labels
         vanilla = self._cut.head is None
         self._link.send(
-            step=step,
-            micro_batch=number,
-            phase=node_pb2.PHASE_LOSS if vanilla else node_pb2.PHASE_FORWARD,
-            tensors=smashed,
-            labels=labels if vanilla else None,
-            loss_weight=micro_batch.weight if vanilla else 0.0,
-            update=vanilla and last,
+            encode_frame(
+                step=step,
+                micro_batch=number,
+                phase=node_pb2.PHASE_LOSS if vanilla else node_pb2.PHASE_FORWARD,
+                tensors=smashed,
+                labels=labels if vanilla else None,
+                loss_weight=micro_batch.weight if vanilla else 0.0,
+                update=vanilla and last,
+            )
         )
         leaves = tuple(k.detach().requires_grad_(k.requires_grad) for k in kept)
         nothing: list[torch.Tensor | None] = [None] * len(self._tied)
@@ -183,12 +187,14 @@ class StepRunner:
             weighted = loss if flying.weight == 1.0 else loss * flying.weight
             weighted.backward()  # type: ignore[no-untyped-call]  # torch's own signature
         self._link.send(
-            step=step,
-            micro_batch=flying.number,
-            phase=node_pb2.PHASE_BACKWARD,
-            # An output that the loss does not depend on has no gradient, and its parameters do not move.
-            tensors=[o.grad for o in outputs if o.is_floating_point()],
-            update=last,
+            encode_frame(
+                step=step,
+                micro_batch=flying.number,
+                phase=node_pb2.PHASE_BACKWARD,
+                # An output that the loss does not depend on has no gradient, and its parameters do not move.
+                tensors=[o.grad for o in outputs if o.is_floating_point()],
+                update=last,
+            )
         )
         return loss.item() * flying.weight
 

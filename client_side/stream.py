@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -29,11 +30,22 @@ _log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 5.0
-#: A node that says nothing for so many times the longest answer so far is taken for dead ...
-_SILENCE_FACTOR: Final = 20.0
-#: ... but never sooner than this, and before the first answer (the node warms up) only after the longer one.
-_LEAST_SILENCE_S: Final = 30.0
-_FIRST_SILENCE_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """A peer that says nothing for ``factor`` times its longest answer so far is taken for dead, or too slow.
+
+    But never sooner than after ``least_s``, and before its first answer (it warms up) after ``first_s``.
+    """
+
+    factor: float
+    least_s: float
+    first_s: float
+
+
+_STAYING: Final = _Silence(20.0, 30.0, 300.0)
+_LEAVING: Final = _Silence(8.0, 5.0, 60.0)  # somebody else is ready to take over
 _WATCH_S: Final = 1.0
 
 #: What a new attempt may mend.
@@ -51,6 +63,7 @@ class Stream:
         *,
         reconnect_s: float,
         name: str,
+        leave_silent: bool = False,
     ) -> None:
         """Does nothing yet: the first :meth:`send` dials.
 
@@ -60,7 +73,10 @@ class Stream:
             attachment: makes the first message of every new stream.
             reconnect_s: for how long a broken stream is dialled before :class:`UnreachableError`.
             name: what messages call the peer.
+            leave_silent: a peer that says nothing for much longer than it ever took is given up, not dialled again.
         """
+        self._silence = _LEAVING if leave_silent else _STAYING
+        self._silent = False
         self._channel, self._dial, self._attachment = channel, call, attachment
         self._reconnect_s, self._name = reconnect_s, name
         self._unanswered: deque[Any] = deque()
@@ -144,6 +160,8 @@ class Stream:
     def _come_back(self, why: CloisterError) -> None:
         """Dials until a stream stands again."""
         self._hang_up()
+        if self._silent:
+            raise UnreachableError(f"{self._name} was silent for too long") from why
         now = time.monotonic()
         if self._broken_since is None:
             self._broken_since = now
@@ -153,7 +171,7 @@ class Stream:
             time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
             backoff = min(2 * backoff, _MAX_BACKOFF_S)
             try:
-                wait_ready(self._channel, timeout=_MAX_BACKOFF_S)
+                wait_ready(self._channel, timeout=min(_MAX_BACKOFF_S, max(self._reconnect_s, _FIRST_BACKOFF_S)))
             except UnreachableError as error:
                 why = error
                 continue
@@ -168,11 +186,12 @@ class Stream:
             since, call = self._waiting_since, self._call
             if since is None or call is None:
                 continue
-            patience = max(_SILENCE_FACTOR * self._longest_s, _LEAST_SILENCE_S)
+            patience = max(self._silence.factor * self._longest_s, self._silence.least_s)
             if not self._longest_s:
-                patience = _FIRST_SILENCE_S
+                patience = self._silence.first_s
             if time.monotonic() - since > patience:
                 _log.warning("%s has been silent for %.0f s; hanging up", self._name, patience)
+                self._silent = self._silence is _LEAVING
                 call.cancel()
 
 
@@ -187,8 +206,8 @@ def patiently(call: Callable[[], _T], reconnect_s: float) -> _T:
     while True:
         try:
             return call()
-        except grpc.RpcError as error:
-            told = error_from_rpc(error)
+        except (grpc.RpcError, UnreachableError) as error:
+            told = error_from_rpc(error) if isinstance(error, grpc.RpcError) else error
             if not isinstance(told, UnreachableError) or time.monotonic() - started > reconnect_s:
                 raise told from error
         time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret

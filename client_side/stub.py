@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from client_side.frames import SentFrame
 from protos import node_pb2
 from wire.errors import MessageRejectedError
 from wire.messages import Rejected, parser
@@ -35,10 +36,14 @@ class NodeStub:
             down = "stream" if method.server_streaming else "unary"
             dial = getattr(channel, f"{up}_{down}")(
                 f"/{_NODE.full_name}/{method.name}",
-                request_serializer=GetMessageClass(method.input_type).SerializeToString,
+                request_serializer=_as_bytes,
                 response_deserializer=_strict(GetMessageClass(method.output_type)),
             )
             setattr(self, method.name, dial)
+
+
+def _as_bytes(request: Message | SentFrame) -> bytes:
+    return request.data if isinstance(request, SentFrame) else request.SerializeToString()
 
 
 def _strict(kind: type[_M]) -> Callable[[bytes], _M]:

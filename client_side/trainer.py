@@ -12,19 +12,24 @@ from typing import Self, TypeAlias
 
 import torch
 
+from client_side import randomness
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
+from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
+from client_side.durability import Checkpoints, Run, holds_run
 from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
+from client_side.route import Route, RouteNews
+from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
-from wire.errors import ConfigError
+from wire.errors import CheckpointError, ConfigError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
-from wire.state import split_state
+from wire.state import STATE_PREFIX, split_state
 
-__all__ = ["Loader", "Trainer"]
+__all__ = ["Loader", "Trainer", "addresses"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class Trainer:
         self,
         cut: Cut,
         *,
-        node: str | NodeAddress,
+        node: str | NodeAddress | Sequence[str | NodeAddress],
         optimizer: Optimizer,
         loss: LossName | Loss = "cross_entropy",
         micro_batches: int = 1,
@@ -57,12 +62,15 @@ class Trainer:
         seed: int = 0,
         callbacks: Sequence[Callback] = (),
         reconnect_s: float = RECONNECT_S,
+        checkpoints: Checkpoints | None = None,
+        standby: bool = False,
     ) -> None:
         """Checks its arguments; connects to nobody yet.
 
         Args:
             cut: from :func:`cloister.cut`.
-            node: ``host:port#sha256:…``, or a :class:`NodeAddress`.
+            node: ``host:port#sha256:…``, or a :class:`NodeAddress`; or several, also as one text with commas: the first
+                that takes the session computes, and the others take over when it fails.
             optimizer: trains all three parts, each where it is.
             loss: by name, or a :class:`Loss`.
             micro_batches: slices of each batch; gradients add up over them, exactly.
@@ -70,7 +78,9 @@ class Trainer:
             identity: the owner's identity, or its folder (``cloister keys init --role owner``).
             seed: of dropout and its like, on both sides.
             callbacks: see :class:`Callback`.
-            reconnect_s: how long a node that is gone is waited for.
+            reconnect_s: how long a node that is gone (all of them, where there are several) is waited for.
+            checkpoints: makes the run one that can be resumed, and moved between nodes; see :class:`Checkpoints`.
+            standby: a second node waits at the latest snapshot, so that a move costs no more than a replay.
 
         Raises:
             ConfigError: says which argument, and what it must be.
@@ -83,13 +93,23 @@ class Trainer:
         if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
             raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
         self.cut = cut
-        self._address = node if isinstance(node, NodeAddress) else NodeAddress.parse(node)
+        self._nodes = addresses(node)
+        if len(self._nodes) > 1 and checkpoints is None:
+            raise ConfigError(
+                "several nodes: give checkpoints=cloister.Checkpoints(folder=…), from which they take over"
+            )
+        if standby and len(self._nodes) == 1:
+            raise ConfigError("standby: needs a second node")
+        self._plan, self._standby = checkpoints, standby
+        self._run: Run | None = None
+        self._route: Route | None = None
+        self._owed = False
         self._optimizer = optimizer
         self._loss = loss if isinstance(loss, Loss) else Loss(loss)
         self._micro_batches, self._in_flight = micro_batches, in_flight or micro_batches
         self._identity = owner_identity(identity)
         self._seed, self._callbacks, self._reconnect_s = seed, list(callbacks), reconnect_s
-        self._link: Link | None = None
+        self._link: Link | Route | None = None
         self._runner: StepRunner | None = None
         self._max_rows = 0
         self._closed = False
@@ -97,6 +117,8 @@ class Trainer:
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
         self._optimizers = [PartOptimizer(optimizer, dict(part.named_parameters())) for part in parts]
+        self._sum, self._rows = 0.0, 0  # of the epoch at hand
+        self._begin: dict[str, torch.Tensor] = {}  # random generators at its beginning
         self.state = TrainState()
 
     def __enter__(self) -> Self:
@@ -112,21 +134,31 @@ class Trainer:
         """Bytes of all sessions so far."""
         return self._past_traffic if self._link is None else self._past_traffic + self._link.traffic
 
-    def fit(self, loader: Loader, epochs: int) -> TrainState:
+    def fit(self, loader: Loader, epochs: int, *, resume: bool = False) -> TrainState:
         """Trains for ``epochs`` passes over ``loader``, then brings the middle home.
+
+        Args:
+            loader: see the class.
+            epochs: with ``resume``, of the whole run.
+            resume: goes on with the run that ``checkpoints.folder`` holds; where it holds none, begins it. The numbers
+                are those of a run that was never interrupted, to the bit.
 
         Raises:
             WireError: the node's reason for refusing.
             UnreachableError: the node is gone for longer than ``reconnect_s``.
+            CheckpointError: the disk fails; or the folder holds another run, and what differs.
+            ConfigError: the folder holds a run, and ``resume`` is not given.
         """
         control = Control()
-        self.state.epochs = self.state.epoch + epochs
+        resumed = self._durably(loader, resume=resume)
+        self.state.epochs = epochs if resume else self.state.epoch + epochs
         self.state.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
         self._tell("on_train_begin", control)
-        for _ in range(epochs):
-            if control.should_training_stop:
-                break
-            self._epoch(loader, control)
+        while self.state.epoch < self.state.epochs and not control.should_training_stop:
+            self._epoch(loader, control, resumed)
+            resumed = None
+        if self._run is not None:
+            self._run.wait()
         self.fetch()
         self._tell("on_train_end", control)
         return self.state
@@ -158,25 +190,28 @@ class Trainer:
 
     def fetch(self) -> None:
         """Brings the middle's tensors home, into the model that was cut."""
-        if self._link is None:
-            return
-        _, tensors = self._link.snapshot()
-        self.cut.load_middle(split_state(tensors)[0])
+        if self._run is not None and self._run.latest.step == self.state.global_step:
+            self.cut.load_middle(split_state(self._run.load(self._run.latest.snapshot))[0])
+        elif self._link is not None:
+            _, tensors = self._link.snapshot()
+            self.cut.load_middle(split_state(tensors)[0])
 
     def close(self) -> None:
         """Ends the session and the connection; the optimizer's state on the node goes with it, so this is the end."""
         self._closed = True
+        if self._run is not None:
+            self._run.close()
+            self._run = None
         if self._link is not None:
             self._past_traffic = self.traffic
             self._link.close()
-            self._link = self._runner = None
+            self._link = self._runner = self._route = None
 
-    def _epoch(self, loader: Loader, control: Control) -> None:
+    def _epoch(self, loader: Loader, control: Control, resumed: Checkpoint | None) -> None:
         state, started = self.state, time.perf_counter()
         self._tell("on_epoch_begin", control)
         self._train_mode()
-        total, rows = 0.0, 0
-        for *inputs, labels in loader:
+        for *inputs, labels in self._batches(loader, resumed):
             began = time.perf_counter()
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
@@ -184,8 +219,10 @@ class Trainer:
             node_s = runner.node_s
             loss = runner.run(state.global_step, batch)
             count = len(labels)
-            total, rows = total + loss * count, rows + count
+            self._sum, self._rows = self._sum + loss * count, self._rows + count
             state.global_step += 1
+            state.batch += 1
+            self._checkpoint_if_due(loader)
             self._tell(
                 "on_step_end",
                 control,
@@ -200,46 +237,163 @@ class Trainer:
             )
             if control.should_training_stop:
                 break
-        if not rows:
+        if not self._rows:
             raise ConfigError("the loader yielded no batch: is it empty, or drop_last=True with too large a batch?")
-        state.epoch += 1
-        mean = total / rows
+        if self._run is not None:
+            self._checkpoint(loader)
+            if control.should_training_stop:
+                self._run.wait()
+                self._run.journal.happened(state.global_step, "stopped", "as was asked")
+        mean, rows = self._sum / self._rows, self._rows
+        state.epoch, state.batch, self._sum, self._rows = state.epoch + 1, 0, 0.0, 0
         state.log_history.append({"epoch": float(state.epoch), "step": float(state.global_step), "loss": mean})
         self._tell("on_epoch_end", control, EpochEnd(state.epoch, mean, rows, time.perf_counter() - started))
+
+    def _batches(self, loader: Loader, resumed: Checkpoint | None) -> Iterator[Sequence[torch.Tensor]]:
+        """The epoch's batches; of an epoch that was interrupted, those that are left."""
+        for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+            if callable(set_epoch := getattr(holder, "set_epoch", None)):  # as torch's DistributedSampler has it
+                set_epoch(self.state.epoch)
+        if resumed is not None:
+            randomness.restore(resumed.part("epoch/"), loader)
+        self._begin = randomness.capture(loader) if self._run is not None else {}
+        iterator = iter(loader)
+        for number in range(self.state.batch):
+            if next(iterator, None) is None:
+                raise CheckpointError(
+                    f"the loader ends after {number} batches, and the run had done {self.state.batch} of this epoch: "
+                    "it yields other data than before"
+                )
+        if resumed is not None:
+            randomness.restore(resumed.part("now/"), loader)
+        return iterator
+
+    def _durably(self, loader: Loader, *, resume: bool) -> Checkpoint | None:
+        """Begins the run in its folder, or finds where it stood."""
+        if self._plan is None:
+            if resume:
+                raise ConfigError("resume: give checkpoints=cloister.Checkpoints(folder=…), where the run is kept")
+            return None
+        if self._run is not None:
+            return None
+        if not resume and holds_run(self._plan.folder):
+            raise ConfigError(f"{self._plan.folder} holds a run: go on with it (resume), or take another folder")
+        if self._link is not None:  # opened to evaluate what was not trained yet
+            self._past_traffic = self.traffic
+            self._link.close()
+            self._link = self._runner = None
+        self._run = Run(self._plan)
+        checkpoint = self._run.recover(self._what()) if resume else None
+        if checkpoint is None:
+            self._begin = randomness.capture(loader)
+            middle = {STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()}
+            self._run.begin(self._here(loader), middle)
+            return None
+        self._restore(checkpoint)
+        return checkpoint
+
+    def _what(self) -> dict[str, object]:
+        """What makes this run this one: a checkpoint of any other is refused."""
+        parts = {"front": self.cut.front} | ({} if self.cut.head is None else {"head": self.cut.head})
+        return {
+            "middle": self.cut.program.digest.hex(),
+            "topology": "vanilla" if self.cut.head is None else "U-shaped",
+            **{
+                name: {
+                    n: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in part.state_dict().items()
+                }
+                for name, part in parts.items()
+            },
+            "optimizer": str(self._optimizer),
+            "loss": str(self._loss),
+            "micro_batches": self._micro_batches,
+            "seed": self._seed,
+        }
+
+    def _here(self, loader: Loader) -> Checkpoint:
+        """The owner's part, as it stands now; its snapshot is yet to come."""
+        parts = {"front": self.cut.front} | ({} if self.cut.head is None else {"head": self.cut.head})
+        named = [(f"{part}/{name}", t) for part, module in parts.items() for name, t in module.state_dict().items()]
+        for number, optimizer in enumerate(self._optimizers):
+            named += [(f"optimizer/{number}/{key}", value) for key, value in optimizer.state().items()]
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named}
+        tensors |= {f"epoch/{name}": t for name, t in self._begin.items()}
+        tensors |= {f"now/{name}": t for name, t in randomness.capture(loader).items()}
+        return Checkpoint(
+            step=self.state.global_step,
+            epoch=self.state.epoch,
+            batch=self.state.batch,
+            loss_sum=self._sum,
+            rows=self._rows,
+            log_history=list(self.state.log_history),
+            run=self._what(),
+            snapshot=Snapshot(self.state.global_step, {}),
+            store="",
+            tensors=tensors,
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.cut.front.load_state_dict(checkpoint.part("front/"))
+        if self.cut.head is not None:
+            self.cut.head.load_state_dict(checkpoint.part("head/"))
+        for number, optimizer in enumerate(self._optimizers):
+            optimizer.restore(checkpoint.part(f"optimizer/{number}/"))
+        self.state.global_step, self.state.epoch, self.state.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
+        self.state.log_history[:] = checkpoint.log_history
+        self._sum, self._rows = checkpoint.loss_sum, checkpoint.rows
+
+    def _checkpoint_if_due(self, loader: Loader) -> None:
+        run, route = self._run, self._route
+        if run is None or route is None or self._plan is None:
+            return
+        run.check()
+        self._owed |= self.state.global_step % self._plan.every == 0
+        full = run.log.bytes > self._plan.log_bytes
+        leaving = route.draining and route.alternatives
+        if full or leaving or (self._owed and not run.busy):
+            self._checkpoint(loader)
+        if leaving:
+            run.wait()
+            route.leave()
+
+    def _checkpoint(self, loader: Loader) -> None:
+        run, route = self._run, self._route
+        if run is None or route is None:
+            return
+        run.wait()
+        if run.latest.step == self.state.global_step:
+            return
+        incoming = route.begin_snapshot(known=run.known(), keep=run.plan.keep_on_node)
+        if incoming.next_step != self.state.global_step:
+            raise CheckpointError(
+                f"the node's snapshot is of step {incoming.next_step}, and the run is at {self.state.global_step}"
+            )
+        self._owed = False
+        run.save(self._here(loader), incoming)
 
     def _opened(self, rows: int) -> StepRunner:
         """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
         if self._runner is None or rows > self._max_rows:
             small = self._link
-            snapshot = None if small is None else small.snapshot(with_optimizer=True)[1]
-            self._open(rows, snapshot)
-            if small is not None:
-                self._past_traffic = self._past_traffic + small.traffic
-                small.close()
+            if isinstance(small, Route):
+                self._max_rows = rows
+                small.reopen()
+            else:
+                snapshot = None if small is None else small.snapshot(with_optimizer=True)[1]
+                self._open(rows, snapshot)
+                if small is not None:
+                    self._past_traffic = self._past_traffic + small.traffic
+                    small.close()
         if self._runner is None:
             raise ConfigError("the trainer was closed; make a new one")
         return self._runner
 
-    def _open(self, rows: int, tensors: dict[str, torch.Tensor] | None = None) -> Link:
+    def _open(self, rows: int, tensors: dict[str, torch.Tensor] | None = None) -> Link | Route:
         if self._closed:
             raise ConfigError("the trainer was closed; make a new one")
-        link = Link(self._address, self._identity, reconnect_s=self._reconnect_s)
-        try:
-            open_session(
-                link,
-                self.cut,
-                optimizer=self._optimizer,
-                loss=self._loss,
-                seed=self._seed,
-                max_rows=rows,
-                max_in_flight=self._in_flight,
-                first_step=self.state.global_step,
-                tensors=tensors,
-            )
-        except BaseException:
-            link.close(end_session=False)
-            raise
-        self._link, self._max_rows = link, rows
+        self._max_rows = max(rows, self._max_rows)
+        link = self._open_link(tensors) if self._run is None else self._open_route(self._run)
+        self._link = link
         self._runner = StepRunner(
             self.cut,
             link,
@@ -250,6 +404,74 @@ class Trainer:
             device=self._device,
         )
         return link
+
+    def _open_link(self, tensors: dict[str, torch.Tensor] | None) -> Link:
+        link = self._connect(self._nodes[0], self._reconnect_s, leave_silent=False)
+        try:
+            self._open_on(link, self.state.global_step, tensors, None)
+        except BaseException:
+            link.close(end_session=False)
+            raise
+        return link
+
+    def _open_route(self, run: Run) -> Route:
+        def open_on(link: Link, snapshot: Snapshot, tensors: dict[str, torch.Tensor] | None) -> None:
+            kept = snapshot.kept if tensors is None else None
+            self._open_on(
+                link,
+                snapshot.step,
+                tensors,
+                None if kept is None else (kept.sha256, kept.bytes),
+                replaces=run.journal.session_on(link.target),
+            )
+            run.journal.opened(link.target, link.session)
+
+        def tell(news: RouteNews) -> None:
+            _log.warning(
+                "training goes on at %s after %.1f s (%d frames replayed)", news.after, news.seconds, news.replayed
+            )
+            took = f"{news.seconds:.2f} s, {news.replayed} frames replayed"
+            run.journal.happened(news.step, "moved", f"from {news.before} to {news.after} in {took}: {news.why}")
+
+        self._route = Route(
+            self._nodes,
+            connect=self._connect,
+            open_on=open_on,
+            latest=lambda: run.latest.snapshot,
+            load=run.load,
+            log=run.log,
+            memo=run.memo,
+            reconnect_s=self._reconnect_s,
+            tell=tell,
+        )
+        if self._standby:
+            run.follow = self._route.follow
+        return self._route
+
+    def _connect(self, address: NodeAddress, reconnect_s: float, leave_silent: bool) -> Link:  # noqa: FBT001 - as in Route
+        return Link(address, self._identity, reconnect_s=reconnect_s, leave_silent=leave_silent)
+
+    def _open_on(
+        self,
+        link: Link,
+        step: int,
+        tensors: dict[str, torch.Tensor] | None,
+        kept: tuple[bytes, int] | None,
+        replaces: bytes = b"",
+    ) -> None:
+        open_session(
+            link,
+            self.cut,
+            optimizer=self._optimizer,
+            loss=self._loss,
+            seed=self._seed,
+            max_rows=self._max_rows,
+            max_in_flight=self._in_flight,
+            first_step=step,
+            tensors=tensors,
+            kept=kept,
+            replaces=replaces,
+        )
 
     def _train_mode(self) -> None:
         for part in (self.cut.front, self.cut.head):
@@ -270,3 +492,18 @@ class Trainer:
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self.state, control, *details)
+
+
+def addresses(node: str | NodeAddress | Sequence[str | NodeAddress]) -> list[NodeAddress]:
+    """Each of the nodes that ``node`` names, in order.
+
+    Raises:
+        ConfigError: none, one twice, or one without a pin.
+    """
+    named: list[str | NodeAddress] = []
+    for each in [node] if isinstance(node, str | NodeAddress) else node:
+        named += [each] if isinstance(each, NodeAddress) else [part for part in each.split(",") if part.strip()]
+    found = [each if isinstance(each, NodeAddress) else NodeAddress.parse(each.strip()) for each in named]
+    if not found or len({each.target for each in found}) != len(found):
+        raise ConfigError(f"node {node!r}: name one, or several different ones")
+    return found

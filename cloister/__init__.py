@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
     from client_side.cutting import Cut, cut
+    from client_side.durability import Checkpoints
     from client_side.link import NodeAddress, Traffic
     from client_side.remote import RemoteMiddle
     from client_side.spawn import LocalNode
     from client_side.trainer import Trainer
     from client_side.unsplit import UnsplitTrainer
-    from wire.errors import CloisterError, ConfigError, CutError, IdentityError, UnreachableError, WireError
+    from wire.errors import (
+        CheckpointError,
+        CloisterError,
+        ConfigError,
+        CutError,
+        IdentityError,
+        UnreachableError,
+        WireError,
+    )
     from wire.identity import Identity, create_identity, load_identity
     from wire.recipe import SGD, Adam, AdamW, Loss, Schedule
 
@@ -27,6 +36,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "Callback",
+    "CheckpointError",
+    "Checkpoints",
     "CloisterError",
     "ConfigError",
     "Control",
@@ -57,12 +68,21 @@ __all__ = [
 _HOMES: Final = {
     "client_side.callbacks": ("Callback", "Control", "EpochEnd", "Evaluation", "StepEnd", "TrainState"),
     "client_side.cutting": ("Cut", "cut"),
+    "client_side.durability": ("Checkpoints",),
     "client_side.link": ("NodeAddress", "Traffic"),
     "client_side.remote": ("RemoteMiddle",),
     "client_side.spawn": ("LocalNode",),
     "client_side.trainer": ("Trainer",),
     "client_side.unsplit": ("UnsplitTrainer",),
-    "wire.errors": ("CloisterError", "ConfigError", "CutError", "IdentityError", "UnreachableError", "WireError"),
+    "wire.errors": (
+        "CheckpointError",
+        "CloisterError",
+        "ConfigError",
+        "CutError",
+        "IdentityError",
+        "UnreachableError",
+        "WireError",
+    ),
     "wire.identity": ("Identity", "create_identity", "load_identity"),
     "wire.recipe": ("SGD", "Adam", "AdamW", "Loss", "Schedule"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from client_side.callbacks import Callback
 from client_side.cutting import Cut, cut
-from client_side.link import Link
+from client_side.durability import Checkpoints
+from client_side.link import Link, NodeAddress
 from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
 from cloister.jobs import Job
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 
+_log = logging.getLogger(__name__)
+
+
 def owner_of(job: Job) -> Identity:
     """The identity that ``node.identity`` names.
 
@@ -41,16 +46,27 @@ def owner_of(job: Job) -> Identity:
 def greet_node(job: Job, identity: Identity) -> str:
     """Asks the node what it is, before anything costly is made: a wrong address or pin shows at once.
 
+    Of several nodes, the first that answers.
+
     Raises:
-        CloisterError: the node cannot be reached, or does not let this owner in.
+        CloisterError: the node cannot be reached, or does not let this owner in; of several, the last one.
     """
-    link = Link(job.node.where(), identity, reconnect_s=0)
+    *others, final = job.node.where()
+    for node in others:
+        try:
+            return _greeted(node, identity)
+        except CloisterError as error:
+            _log.warning("%s: %s", node.target, error)
+    return _greeted(final, identity)
+
+
+def _greeted(node: NodeAddress, identity: Identity) -> str:
+    link = Link(node, identity, reconnect_s=0)
     try:
         told = link.describe()
     finally:
         link.close(end_session=False)
-    address = job.node.address.partition("#")[0]
-    return f"node {address}: cloister {told.version}, torch {told.torch_version}, {told.device}"
+    return f"node {node.target}: cloister {told.version}, torch {told.torch_version}, {told.device}"
 
 
 def make_model(job: Job) -> nn.Module:
@@ -130,11 +146,13 @@ def cut_model(job: Job, model: nn.Module, example: Sequence[torch.Tensor]) -> Cu
         ) from error
 
 
-def new_trainer(job: Job, made: Cut, identity: Identity, callbacks: Sequence[Callback]) -> Trainer:
-    """The trainer that the job describes."""
+def new_trainer(
+    job: Job, made: Cut, identity: Identity, callbacks: Sequence[Callback], checkpoints: Checkpoints | None = None
+) -> Trainer:
+    """The trainer that the job describes; with ``checkpoints``, on all of its nodes."""
     return Trainer(
         made,
-        node=job.node.where(),
+        node=job.node.where() if checkpoints is not None else job.node.where()[:1],
         optimizer=job.optimizer.recipe(),
         loss=job.loss.recipe(),
         micro_batches=job.train.micro_batches,
@@ -143,6 +161,8 @@ def new_trainer(job: Job, made: Cut, identity: Identity, callbacks: Sequence[Cal
         seed=job.train.seed,
         callbacks=callbacks,
         reconnect_s=job.node.reconnect_seconds,
+        checkpoints=checkpoints,
+        standby=checkpoints is not None and job.node.standby,
     )
 
 

@@ -6,7 +6,7 @@ code  meaning
 0     done
 1     failed: a check did not pass, or a defect (``CLOISTER_DEBUG=1`` shows the traceback)
 2     the command line is wrong
-3     a job file, an option's value or a cut is wrong
+3     a job file, an option's value or a cut is wrong, or a checkpoint or its disk
 4     an identity, certificate, pin or passphrase is missing, damaged or refused
 5     no node answered
 6     the node rejected what was asked, or failed at it
@@ -94,7 +94,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
 
     table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], ExitCode], ...] = (
         (KeyboardInterrupt, ExitCode.INTERRUPTED),
-        ((errors.ConfigError, errors.CutError), ExitCode.CONFIG),
+        ((errors.ConfigError, errors.CutError, errors.CheckpointError), ExitCode.CONFIG),
         ((errors.IdentityError, errors.NotAuthorizedError), ExitCode.IDENTITY),
         (errors.UnreachableError, ExitCode.UNREACHABLE),
         ((errors.BusyError, errors.DrainingError), ExitCode.TRY_LATER),

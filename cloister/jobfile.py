@@ -38,7 +38,7 @@ def load_job(file: Path, overrides: Sequence[tuple[str, str, str]] = (), env: Ma
     """The checked job of ``file``.
 
     Args:
-        file: TOML.
+        file: TOML; or JSON, as a run's folder keeps it (``job.json``).
         overrides: what the command line says, each as (option as typed, dotted key, text); the last one holds.
         env: the environment; this process's, unless said otherwise. ``CLOISTER_TRAIN__EPOCHS=3`` is ``train.epochs``.
 
@@ -147,11 +147,25 @@ def _read(file: Path) -> dict[str, Any]:
     if len(data) > MAX_JOB_BYTES:
         raise ConfigError(f"{file} is larger than {MAX_JOB_BYTES} bytes: it is no job file")
     try:
+        if file.suffix == ".json":
+            read: dict[str, Any] = json.loads(data)
+            return _without_none(read)
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not text in UTF-8: it is no job file") from error
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConfigError(f"{file} is no job as a run keeps it: {error}") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not TOML: {error}; texts stand in quotes, tables in [brackets]") from error
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """What is not set is left out, as in TOML."""
+    return {
+        key: _without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
 
 
 def _from_environment(env: Mapping[str, str]) -> Iterator[tuple[str, _Path, Any]]:

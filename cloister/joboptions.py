@@ -20,7 +20,10 @@ SetOption: TypeAlias = Annotated[
     ),
 ]
 NodeOption: TypeAlias = Annotated[
-    str | None, typer.Option(help="The node, as host:port#sha256:… (what `cloister node` prints); sets node.address.")
+    str | None,
+    typer.Option(
+        help="The node, as host:port#sha256:… (what `cloister node` prints), or several with commas; sets node.address."
+    ),
 ]
 IdentityOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="The owner's identity folder; sets node.identity.")
@@ -39,12 +42,19 @@ def job_from(file: Path, settings: list[str] | None, **shorthands: object) -> Jo
     Raises:
         ConfigError: see :func:`cloister.jobfile.load_job`.
     """
-    keys = {"node": "node.address", "identity": "node.identity", "epochs": "train.epochs", "out": "output.dir"}
+    keys = {
+        "standby": "node.standby",
+        "node": "node.address",
+        "identity": "node.identity",
+        "epochs": "train.epochs",
+        "out": "output.dir",
+    }
     overrides = []
     for setting in settings or []:
         key, _, text = setting.partition("=")
         overrides.append((f"--set {setting}", key, text))
     for option, value in shorthands.items():
         if value is not None:
-            overrides.append((f"--{option} {value}", keys[option], str(value)))
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            overrides.append((f"--{option} {text}", keys[option], text))
     return load_job(file, overrides)

@@ -15,8 +15,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from client_side.durability import Checkpoints
 from client_side.link import RECONNECT_S, NodeAddress
 from client_side.opening import DEFAULT_IDENTITY
+from client_side.trainer import addresses
 from wire.errors import ConfigError, SpecRejectedError
 from wire.recipe import SGD, Adam, AdamW, DecayName, Loss, LossName, Optimizer, Schedule
 
@@ -168,21 +170,33 @@ class LossTable(_Table):
 
 
 class NodeTable(_Table):
-    """``[node]``: who computes the middle, and who asks."""
+    """``[node]``: who computes the middle (of several, the others take over), and who asks."""
 
     address: str = Field(min_length=1, examples=["gpu.example.org:7700#sha256:…"])
+    standby: bool = False
     pin: str | None = Field(None, examples=["sha256:…"])
     certificate: JobPath | None = Field(None, examples=["node.crt"])
     ca: JobPath | None = Field(None, examples=["ca.crt"])
     identity: JobPath = DEFAULT_IDENTITY
     reconnect_seconds: float = Field(RECONNECT_S, ge=0, le=7 * 24 * 3600)
 
-    def where(self) -> NodeAddress:
-        """The node's address, with the one way in which it is known.
+    def where(self) -> list[NodeAddress]:
+        """Each node's address, with the one way in which it is known.
 
         Raises:
             ConfigError: there is none, or more than one.
         """
+        if "," in self.address:
+            if self.pin is not None or self.certificate is not None:
+                raise ConfigError("node.address names several nodes: write each as host:port#sha256:…, or give one ca")
+            if self.ca is None:
+                return addresses(self.address)
+            return [
+                NodeAddress(target=part.strip(), ca=_own(self.ca)) for part in self.address.split(",") if part.strip()
+            ]
+        return [self._one()]
+
+    def _one(self) -> NodeAddress:
         ways = [way for way in (self.pin, self.certificate, self.ca) if way is not None]
         if "#" in self.address:
             if ways:
@@ -194,6 +208,27 @@ class NodeTable(_Table):
                 'address = "host:port#sha256:…" as `cloister node` prints it, pin, certificate or ca',
             )
         return NodeAddress(target=self.address, pin=self.pin, certificate=_own(self.certificate), ca=_own(self.ca))
+
+
+class CheckpointTable(_Table):
+    """``[checkpoint]``: what is kept of a run while it trains, so that it can be resumed and moved."""
+
+    every: Annotated[int, Field(ge=1)] = 50
+    keep: Annotated[int, Field(ge=1)] = 2
+    snapshots: Annotated[str | None, Field(examples=["s3://bucket/path"])] = None
+    log_gib: Annotated[float, Field(gt=0)] = 16.0
+    on_node: bool = True
+
+    def plan(self, folder: Path) -> Checkpoints:
+        """As the trainer takes it."""
+        return Checkpoints(
+            folder=folder,
+            every=self.every,
+            keep=self.keep,
+            snapshots=self.snapshots,
+            log_bytes=int(self.log_gib * 2**30),
+            keep_on_node=self.on_node,
+        )
 
 
 class OutputTable(_Table):
@@ -216,6 +251,7 @@ class Job(BaseSettings):
     optimizer: Annotated[SgdTable | AdamTable | AdamWTable, Field(discriminator="name")]
     loss: LossTable = LossTable()
     node: NodeTable
+    checkpoint: CheckpointTable = CheckpointTable()
     output: OutputTable
 
     @classmethod
@@ -239,6 +275,8 @@ class Job(BaseSettings):
         """
         self.optimizer.recipe()
         self.loss.recipe()
+        if self.node.standby and len(self.node.where()) == 1:
+            raise ConfigError("node.standby = true: name a second node in node.address, after a comma")
         self.node.where()
         if self.train.in_flight is not None and self.train.in_flight > self.train.micro_batches:
             raise ConfigError(

@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "demo": "Train a real model through a real node on this machine, and prove that the cut changes nothing.",
     "node": "Serve middles: run on the GPU machine.",
     "train": "Train a job's model through a node.",
+    "runs": "List, show, resume and remove training runs.",
     "eval": "Evaluate a trained model through a node.",
     "predict": "Predict with a trained model through a node.",
     "inspect": "Show where a model can be cut, and what each cut costs.",

@@ -8,8 +8,10 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -20,33 +22,51 @@ from cloister.progress import ProgressDisplay
 from cloister.weights import write_whole
 from wire.errors import ConfigError
 
-__all__ = ["MODEL_FILE", "Interruption", "RunFolder", "remarks"]
+__all__ = [
+    "JOB_FILE",
+    "METRICS_FILE",
+    "MODEL_FILE",
+    "RESULT_FILE",
+    "Interruption",
+    "RunFolder",
+    "last_step",
+    "remarks",
+    "state_of",
+    "steps_so_far",
+]
 
 MODEL_FILE: Final = "model.safetensors"
 RESULT_FILE: Final = "result.json"
-_JOB_FILE: Final = "job.json"
-_METRICS_FILE: Final = "metrics.jsonl"
+JOB_FILE: Final = "job.json"
+METRICS_FILE: Final = "metrics.jsonl"
+_TAIL_BYTES: Final = 4096  # some lines of metrics
 
 
 class RunFolder(Callback):
     """``output.dir``: a line of metrics a step; in the end the model and the result.
 
-    ``result.json`` comes last: where it stands, the run is whole.
+    ``result.json`` comes last: where it stands, the run is whole. In ``state`` is what it takes to resume one that is
+    not; see :mod:`client_side.durability`.
     """
 
-    def __init__(self, job: Job, *, force: bool) -> None:
+    def __init__(self, job: Job, *, force: bool, resume: bool = False) -> None:
         """Checks that the folder can be written and holds no other run; nothing is changed before the first step.
 
         Raises:
-            ConfigError: it holds a run, and ``force`` is not given; another run is writing to it; it cannot be written.
+            ConfigError: it holds a run, and neither ``force`` nor ``resume`` is given; another run is writing to it; it
+                cannot be written.
         """
+        self._resume = resume
         self._job, self.path = job, job.output.dir.expanduser()
         self._metrics: TextIO | None = None
         self._rows, self._seconds = 0, 0.0
         self._first = (0, 0.0)
-        old = [name for name in (RESULT_FILE, MODEL_FILE, _METRICS_FILE, _JOB_FILE) if (self.path / name).exists()]
-        if old and not force:
-            raise ConfigError(f"{self.path} holds a run already ({', '.join(old)}): give --out FOLDER, or --force")
+        old = [name for name in (RESULT_FILE, MODEL_FILE, METRICS_FILE, JOB_FILE) if (self.path / name).exists()]
+        if old and not force and not resume:
+            raise ConfigError(
+                f"{self.path} holds a run already ({', '.join(old)}): go on with it by `cloister train --resume "
+                f"{self.path}`, or give --out FOLDER, or --force"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,6 +80,40 @@ class RunFolder(Callback):
         if not os.access(self.path, os.W_OK | os.X_OK):
             self.close()
             raise ConfigError(f"cannot write to {self.path}: it is not yours to write; give --out FOLDER")
+        self._force = force
+
+    @property
+    def state(self) -> Path:
+        """Where the run's checkpoints are."""
+        return state_of(self.path)
+
+    def begin(self) -> None:
+        """Writes the job down, from when on the run can be resumed; what ``--force`` replaces goes.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            if self._force:
+                shutil.rmtree(self.state, ignore_errors=True)
+                (self.path / METRICS_FILE).unlink(missing_ok=True)
+            for name in (RESULT_FILE, MODEL_FILE):  # of the run that is replaced, or of this one before it was resumed
+                (self.path / name).unlink(missing_ok=True)
+            write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
+
+    def on_train_begin(self, state: TrainState, control: Control) -> None:
+        """Keeps the lines of the steps that count; those after the checkpoint are computed, and written, again."""
+        del control
+        file = self.path / METRICS_FILE
+        kept = steps_so_far(file, state.global_step) if self._resume else []
+        try:
+            write_whole(file, "".join(line + "\n" for line in kept).encode())
+            # Line by line, so that `tail -f` shows a run at work.
+            self._metrics = file.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
 
     def __enter__(self) -> Self:
         """The folder itself."""
@@ -81,8 +135,7 @@ class RunFolder(Callback):
     def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
         """One line."""
         del control
-        if self._metrics is None:
-            self._begin()
+        if not self._first[0]:
             self._first = (end.rows, end.seconds)
         optimizer = self._job.optimizer.recipe()
         line = {
@@ -115,22 +168,44 @@ class RunFolder(Callback):
         """Writes the result: the run is whole."""
         write_whole(self.path / RESULT_FILE, (json.dumps(result, indent=2, default=str) + "\n").encode())
 
-    def _begin(self) -> None:
-        try:
-            for name in (RESULT_FILE, MODEL_FILE):  # of the run that --force replaces
-                (self.path / name).unlink(missing_ok=True)
-            write_whole(self.path / _JOB_FILE, (to_json(self._job) + "\n").encode())
-            # Line by line, so that `tail -f` shows a run at work.
-            self._metrics = (self.path / _METRICS_FILE).open("w", encoding="utf-8", buffering=1)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
-
     def _write(self, line: str) -> None:
         try:
             if self._metrics is not None:
                 self._metrics.write(line)
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path / _METRICS_FILE}: {error.strerror}") from error
+            raise ConfigError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
+
+
+def state_of(folder: Path) -> Path:
+    """Where a run's folder keeps its checkpoints."""
+    return folder / "state"
+
+
+def steps_so_far(file: Path, step: int) -> list[str]:
+    """The lines of metrics of the first ``step`` steps; what a killed process left half-written is no line."""
+    kept: list[str] = []
+    with contextlib.suppress(FileNotFoundError), file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                number = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith("\n") or number != len(kept) + 1 or number > step:
+                break
+            kept.append(line.rstrip("\n"))
+    return kept
+
+
+def last_step(file: Path) -> tuple[int, int, float | None]:
+    """The last whole line of metrics: its step, epoch and loss; zeros before the first."""
+    found: tuple[int, int, float | None] = (0, 0, None)
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as lines:
+        lines.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                read = json.loads(line)
+                found = int(read["step"]), int(read["epoch"]), read["loss"]
+    return found
 
 
 class Interruption(Callback):
@@ -163,7 +238,7 @@ class Interruption(Callback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._display.notify("finishing this step, then saving what is trained; Ctrl-C again stops at once")
+        self._display.notify("finishing this step, then writing a checkpoint; Ctrl-C again stops at once")
 
 
 @contextlib.contextmanager

@@ -391,6 +391,8 @@ class SessionSpec(google.protobuf.message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: builtins.int
     FIRST_STEP_FIELD_NUMBER: builtins.int
     WANT_INPUT_GRADIENTS_FIELD_NUMBER: builtins.int
+    STATE_KEPT_FIELD_NUMBER: builtins.int
+    REPLACES_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """Chosen by the owner, 16 random bytes, never used twice."""
     node_fingerprint: builtins.bytes
@@ -409,6 +411,10 @@ class SessionSpec(google.protobuf.message.Message):
     """The step that the first frame will carry; more than 0 when a snapshot is restored."""
     want_input_gradients: builtins.bool
     """False where the front is frozen: then nothing comes down for a backward but the acknowledgement."""
+    state_kept: builtins.bool
+    """The node kept these very bytes of state from one of the owner's snapshots: no state_chunk follows."""
+    replaces: builtins.bytes
+    """An earlier session of the same owner here, whose place this one takes: it ends first. Empty where there is none."""
     @property
     def loss(self) -> Global___Loss:
         """VANILLA only."""
@@ -432,10 +438,12 @@ class SessionSpec(google.protobuf.message.Message):
         max_in_flight: builtins.int = ...,
         first_step: builtins.int = ...,
         want_input_gradients: builtins.bool = ...,
+        state_kept: builtins.bool = ...,
+        replaces: builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["loss", b"loss", "optimizer", b"optimizer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SessionSpec: typing_extensions.TypeAlias = SessionSpec
@@ -585,6 +593,7 @@ class TrainResponse(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     LOSS_FIELD_NUMBER: builtins.int
     COMPUTE_S_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     step: builtins.int
     micro_batch: builtins.int
     phase: Global___Phase.ValueType
@@ -594,6 +603,8 @@ class TrainResponse(google.protobuf.message.Message):
     """VANILLA: the micro-batch's loss before weighting."""
     compute_s: builtins.float
     """Seconds that the node computed for this answer."""
+    draining: builtins.bool
+    """The node is about to stop: the owner does well to take its session elsewhere at the next step boundary."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
     def __init__(
@@ -606,8 +617,9 @@ class TrainResponse(google.protobuf.message.Message):
         tensors: collections.abc.Iterable[protos.tensor_pb2.Tensor] | None = ...,
         loss: builtins.float = ...,
         compute_s: builtins.float = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_s", b"compute_s", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_s", b"compute_s", "draining", b"draining", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TrainResponse: typing_extensions.TypeAlias = TrainResponse
@@ -684,16 +696,27 @@ class SnapshotRequest(google.protobuf.message.Message):
 
     SESSION_ID_FIELD_NUMBER: builtins.int
     WITH_OPTIMIZER_FIELD_NUMBER: builtins.int
+    KNOWN_FIELD_NUMBER: builtins.int
+    KEEP_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
+    """A live session, or one that died with an earlier process of this node: then what the node kept of it."""
     with_optimizer: builtins.bool
     """Also the optimizer's state, as a restore needs it."""
+    keep: builtins.bool
+    """The node keeps this snapshot on its own disk as well, in place of the session's earlier one."""
+    @property
+    def known(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """SHA-256 of tensors that the owner has already (as TensorDigest counts them): they are named, but not sent."""
+
     def __init__(
         self,
         *,
         session_id: builtins.bytes = ...,
         with_optimizer: builtins.bool = ...,
+        known: collections.abc.Iterable[builtins.bytes] | None = ...,
+        keep: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["session_id", b"session_id", "with_optimizer", b"with_optimizer"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["keep", b"keep", "known", b"known", "session_id", b"session_id", "with_optimizer", b"with_optimizer"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SnapshotRequest: typing_extensions.TypeAlias = SnapshotRequest
@@ -703,22 +726,72 @@ class SnapshotHeader(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NEXT_STEP_FIELD_NUMBER: builtins.int
-    STATE_BYTES_FIELD_NUMBER: builtins.int
-    STATE_SHA256_FIELD_NUMBER: builtins.int
     next_step: builtins.int
-    state_bytes: builtins.int
-    state_sha256: builtins.bytes
     def __init__(
         self,
         *,
         next_step: builtins.int = ...,
-        state_bytes: builtins.int = ...,
-        state_sha256: builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_step", b"next_step", "state_bytes", b"state_bytes", "state_sha256", b"state_sha256"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_step", b"next_step"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SnapshotHeader: typing_extensions.TypeAlias = SnapshotHeader
+
+@typing.final
+class TensorDigest(google.protobuf.message.Message):
+    """SHA-256 over "dtype|size,size,...|" in ASCII (the dtype as torch names it: float32) and the raw little-endian bytes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    sha256: builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        sha256: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["name", b"name", "sha256", b"sha256"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TensorDigest: typing_extensions.TypeAlias = TensorDigest
+
+@typing.final
+class SnapshotContents(google.protobuf.message.Message):
+    """In as many parts as keep each small; the last one carries the sizes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENSORS_FIELD_NUMBER: builtins.int
+    STATE_BYTES_FIELD_NUMBER: builtins.int
+    STATE_SHA256_FIELD_NUMBER: builtins.int
+    KEPT_BYTES_FIELD_NUMBER: builtins.int
+    KEPT_SHA256_FIELD_NUMBER: builtins.int
+    state_bytes: builtins.int
+    """Of the bytes that follow, which hold those that the owner did not know."""
+    state_sha256: builtins.bytes
+    kept_bytes: builtins.int
+    """Where the node keeps the snapshot: the bytes that a later opening may name with state_kept."""
+    kept_sha256: builtins.bytes
+    @property
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TensorDigest]:
+        """All tensors of the snapshot, sent or not."""
+
+    def __init__(
+        self,
+        *,
+        tensors: collections.abc.Iterable[Global___TensorDigest] | None = ...,
+        state_bytes: builtins.int = ...,
+        state_sha256: builtins.bytes = ...,
+        kept_bytes: builtins.int = ...,
+        kept_sha256: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["kept_bytes", b"kept_bytes", "kept_sha256", b"kept_sha256", "state_bytes", b"state_bytes", "state_sha256", b"state_sha256", "tensors", b"tensors"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SnapshotContents: typing_extensions.TypeAlias = SnapshotContents
 
 @typing.final
 class SnapshotResponse(google.protobuf.message.Message):
@@ -726,20 +799,24 @@ class SnapshotResponse(google.protobuf.message.Message):
 
     HEADER_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
+    CONTENTS_FIELD_NUMBER: builtins.int
     chunk: builtins.bytes
     @property
     def header(self) -> Global___SnapshotHeader: ...
+    @property
+    def contents(self) -> Global___SnapshotContents: ...
     def __init__(
         self,
         *,
         header: Global___SnapshotHeader | None = ...,
         chunk: builtins.bytes = ...,
+        contents: Global___SnapshotContents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["chunk", b"chunk", "contents", b"contents", "header", b"header", "part", b"part"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chunk", b"chunk", "contents", b"contents", "header", b"header", "part", b"part"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: typing_extensions.TypeAlias = typing.Literal["header", "chunk"]
+    _WhichOneofReturnType_part: typing_extensions.TypeAlias = typing.Literal["header", "chunk", "contents"]
     _WhichOneofArgType_part: typing_extensions.TypeAlias = typing.Literal["part", b"part"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 

@@ -20,6 +20,7 @@ import torch
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
 from server_side.callers import Callers
+from server_side.kept import KeptSnapshots
 from server_side.memory import give_back
 from server_side.metrics import Metrics
 from server_side.opening import Opening
@@ -57,6 +58,7 @@ class Keeper:
         *,
         fingerprint: str,
         table: SessionTable,
+        kept: KeptSnapshots,
         limits: Limits,
         metrics: Metrics,
         device: torch.device,
@@ -65,7 +67,7 @@ class Keeper:
         """Marks what an earlier process of this node left open as lost, then starts to expire idle sessions."""
         self.fingerprint, self.limits, self.metrics, self.device = fingerprint, limits, metrics, device
         self.accounts = Accounts(limits)
-        self._table, self._idle_s = table, idle_s
+        self.kept, self._table, self._idle_s = kept, table, idle_s
         self.callers = Callers()
         self._lock = threading.Lock()
         self._opening = threading.Lock()
@@ -189,6 +191,18 @@ class Keeper:
             return False
         return self._end(session_id, SessionState.CLOSED)
 
+    def make_way(self, owner: str, session_id: bytes) -> None:
+        """Ends the owner's session that a new one replaces; what is kept of it may be what the new one begins with."""
+        with self._lock:
+            stay = self._stays.get(session_id)
+        if stay is not None and stay.owner == owner:
+            self._end(session_id, SessionState.CLOSED, forget=False)
+
+    def forget(self, owner: str, session_id: bytes) -> None:
+        """Removes what is kept of the owner's replaced session."""
+        if self.kept.find(owner, session_id=session_id) is not None:
+            self.kept.forget(session_id)
+
     def stop(self) -> None:
         """Ends every session as lost: their state dies with the process."""
         self._stop.set()
@@ -198,7 +212,7 @@ class Keeper:
         for session_id in ids:
             self._end(session_id, SessionState.LOST)
 
-    def _end(self, session_id: bytes, how: SessionState) -> bool:
+    def _end(self, session_id: bytes, how: SessionState, *, forget: bool = True) -> bool:
         with self._lock:
             stay = self._stays.pop(session_id, None)
             streams = [] if stay is None else list(stay.streams.values())
@@ -208,6 +222,8 @@ class Keeper:
             hang_up()
         stay.reservation.release()
         self.metrics.session_ended(how)
+        if forget and how is SessionState.CLOSED:
+            self.kept.forget(session_id)
         try:
             self._table.touch(session_id, stay.session.next_step, dt.datetime.now(dt.UTC))
             self._table.end(session_id, how)

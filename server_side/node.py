@@ -18,6 +18,7 @@ from server_side.accounts import Limits
 from server_side.callers import CALLS_PER_OWNER
 from server_side.handlers import health_handler, node_handler
 from server_side.keeper import Keeper
+from server_side.kept import KeptSnapshots
 from server_side.metrics import Metrics, MetricsServer
 from server_side.service import NodeService
 from server_side.table import SessionTable
@@ -41,7 +42,7 @@ class NodeConfig:
 
     Attributes:
         listen: ``host:port``; port 0 takes a free one.
-        state_dir: the node's own folder: its session table unless ``database`` says otherwise.
+        state_dir: the node's own folder: kept snapshots, and its session table unless ``database`` says otherwise.
         database: SQLAlchemy URL of the session table; ``None`` is SQLite in ``state_dir``.
         device: ``auto``, ``cpu`` or ``cuda:N``.
         idle_s: a session that hears nothing for so long ends.
@@ -98,6 +99,7 @@ class RunningNode:
         self._keeper = Keeper(
             fingerprint=config.identity.fingerprint,
             table=self._table,
+            kept=KeptSnapshots(config.state_dir / "snapshots"),
             limits=config.limits,
             metrics=self._metrics,
             device=self.device,

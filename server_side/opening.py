@@ -11,8 +11,15 @@ import torch
 
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
+from server_side.kept import KeptSnapshots
 from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
-from wire.errors import LimitExceededError, MessageRejectedError, ProgramRejectedError, SpecRejectedError
+from wire.errors import (
+    LimitExceededError,
+    MessageRejectedError,
+    ProgramRejectedError,
+    SpecRejectedError,
+    StateRejectedError,
+)
 from wire.program import Program, ProgramLimits, decode_program, program_digest
 from wire.recipe import Adam, AdamW, Optimizer, loss_from_proto, optimizer_from_proto
 from wire.state import gather, load_state
@@ -130,8 +137,9 @@ def read_state(
     *,
     owner: str,
     accounts: Accounts,
+    kept: KeptSnapshots,
 ) -> Opening:
-    """The tensors, after their room has been reserved.
+    """The tensors, after their room has been reserved: from the owner, or as the node kept them for it.
 
     Raises:
         LimitExceededError, BusyError: no room for them, ever or now.
@@ -142,7 +150,8 @@ def read_state(
         raise SpecRejectedError(
             f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}"
         )
-    held = copies * program.state_bytes
+    # Once more for the copy that a snapshot takes while the session trains on.
+    held = 2 * copies * program.state_bytes
     made = max(
         run_bytes(program, graph, plan.max_rows, plan.activation_bytes_per_micro_batch)
         for graph in (program.train, program.eval)
@@ -153,12 +162,24 @@ def read_state(
     held += (made + 2 * came + answered) * plan.max_in_flight + ANSWERS_BYTES
     reservation = accounts.reserve(owner, held, program.parameter_count)
     try:
-        pieces = _chunks(parts, spec.state_bytes)
-        data = gather(pieces, spec.state_bytes, spec.state_sha256, "state")
+        if spec.state_kept:
+            data = _kept(kept, owner, spec)
+        else:
+            data = gather(_chunks(parts, spec.state_bytes), spec.state_bytes, spec.state_sha256, "state")
         return Opening(plan, program, load_state(data), reservation)
     except BaseException:
         reservation.release()
         raise
+
+
+def _kept(kept: KeptSnapshots, owner: str, spec: node_pb2.SessionSpec) -> bytes:
+    found = kept.find(owner, digest=spec.state_sha256)
+    if found is None or found.step != spec.first_step:
+        raise StateRejectedError("this node no longer keeps that state; send it")
+    data = kept.read(found)
+    if len(data) != spec.state_bytes:
+        raise StateRejectedError(f"{len(data)} bytes of state are kept where {spec.state_bytes} were announced")
+    return data
 
 
 def _chunks(parts: Iterator[node_pb2.OpenSessionRequest], size: int) -> Iterator[bytes]:

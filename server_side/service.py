@@ -32,12 +32,13 @@ from wire.errors import (
     DrainingError,
     InternalError,
     MessageRejectedError,
+    SessionLostError,
     SessionSupersededError,
     WireError,
     status_of,
 )
 from wire.program import PROGRAM_VERSION
-from wire.state import chunks, dump_state, sha256
+from wire.state import STATE_PREFIX, chunks, dump_state, load_state, sha256, tensor_digest
 from wire.trust import Trust
 
 __all__ = ["NodeService"]
@@ -50,6 +51,9 @@ SNAPSHOT_S: Final = 600.0  # the same way back
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Message)
 _END: Final = object()
+_MOST_KNOWN: Final = 7000  # by 34 bytes each, a message that is small (wire.messages)
+_NAMED_AT_ONCE: Final = 500  # names take some 100 bytes: small messages too
+_DIGEST_BYTES: Final = 32
 # A snapshot is held three times while it is made: one session's at a time.
 _DUMPING: Final = threading.Lock()
 
@@ -100,8 +104,12 @@ class NodeService:
                 raise DrainingError("this node is shutting down and takes no new sessions; use another")
             plan = plan_of(spec, self._keeper.limits)
             program = read_program(parts, spec, self._keeper.limits)
-            opening = read_state(parts, spec, plan, program, owner=call.owner, accounts=self._keeper.accounts)
+            self._keeper.make_way(call.owner, spec.replaces)
+            opening = read_state(
+                parts, spec, plan, program, owner=call.owner, accounts=self._keeper.accounts, kept=self._keeper.kept
+            )
             stay = self._keeper.open(call.owner, spec, opening)
+            self._keeper.forget(call.owner, spec.replaces)
             return _opened(stay, already=stay.reservation is not opening.reservation)
         raise AssertionError  # telling() aborts
 
@@ -120,6 +128,7 @@ class NodeService:
                 answer = stay.session.train(request.frame, metrics.frame_resent)
                 if ended.is_set():
                     raise SessionSupersededError("a newer stream works on this session")
+                answer.draining = self.draining
                 yield answer
                 # While the answer travels and the owner goes on.
                 stay.session.settle()
@@ -152,18 +161,52 @@ class NodeService:
         requests: Iterator[node_pb2.SnapshotRequest],
         context: grpc.ServicerContext,
     ) -> Iterator[node_pb2.SnapshotResponse]:
-        """The session's tensors at a step boundary."""
+        """The session's tensors at a step boundary; once their copy is taken, the session may train on."""
         with self._calling(context) as call:
             request = _only(call, requests, node_pb2.SnapshotRequest)
-            stay = self._keeper.find(call.owner, request.session_id)
+            if len(request.known) > _MOST_KNOWN or any(len(digest) != _DIGEST_BYTES for digest in request.known):
+                raise MessageRejectedError(f"at most {_MOST_KNOWN} known tensors, by {_DIGEST_BYTES} bytes each")
+            try:
+                stay = self._keeper.find(call.owner, request.session_id)
+            except SessionLostError:
+                kept = self._keeper.kept.find(call.owner, session_id=request.session_id)
+                if kept is None:
+                    raise
+                tensors = load_state(self._keeper.kept.read(kept))
+                if not request.with_optimizer:
+                    tensors = {name: t for name, t in tensors.items() if name.startswith(STATE_PREFIX)}
+                request.keep = False  # it is
+                yield from self._telling_state(call, request, kept.step, tensors)
+                return
             with self._working(call, stay, "snapshot", context):
-                step, data = _dumped(stay, with_optimizer=request.with_optimizer)
-                call.overdue_at = time.monotonic() + SNAPSHOT_S  # what is written waits for a peer that does not read
-                header = node_pb2.SnapshotHeader(next_step=step, state_bytes=len(data), state_sha256=sha256(data))
-                yield node_pb2.SnapshotResponse(header=header)
-                for chunk in chunks(data):
-                    self._keeper.metrics.sent(len(chunk))
-                    yield node_pb2.SnapshotResponse(chunk=chunk)
+                step, tensors = stay.session.snapshot(with_optimizer=request.with_optimizer)
+                yield from self._telling_state(call, request, step, tensors)
+
+    def _telling_state(
+        self, call: Call, request: node_pb2.SnapshotRequest, step: int, tensors: dict[str, torch.Tensor]
+    ) -> Iterator[node_pb2.SnapshotResponse]:
+        yield node_pb2.SnapshotResponse(header=node_pb2.SnapshotHeader(next_step=step))
+        with _DUMPING:
+            digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+            known = set(request.known)
+            data = dump_state({name: tensor for name, tensor in tensors.items() if digests[name] not in known})
+            last = node_pb2.SnapshotContents(state_bytes=len(data), state_sha256=sha256(data))
+            if request.keep:
+                whole = dump_state(tensors) if known else data
+                kept = self._keeper.kept.keep(request.session_id, call.owner, step, whole)
+                if kept is not None:
+                    last.kept_bytes, last.kept_sha256 = len(whole), kept
+                del whole
+        del tensors
+        call.overdue_at = time.monotonic() + SNAPSHOT_S  # what is written waits for a peer that does not read
+        named = [node_pb2.TensorDigest(name=name, sha256=digest) for name, digest in digests.items()]
+        for start in range(0, len(named), _NAMED_AT_ONCE):
+            part = node_pb2.SnapshotContents(tensors=named[start : start + _NAMED_AT_ONCE])
+            yield node_pb2.SnapshotResponse(contents=part)
+        yield node_pb2.SnapshotResponse(contents=last)
+        for chunk in chunks(data):
+            self._keeper.metrics.sent(len(chunk))
+            yield node_pb2.SnapshotResponse(chunk=chunk)
 
     def CloseSession(
         self,
@@ -290,10 +333,3 @@ def _only(call: Call, requests: Iterator[Any], kind: type[_M]) -> _M:
     if not isinstance(request, kind):
         raise MessageRejectedError(f"not one {kind.DESCRIPTOR.name}")
     return request
-
-
-def _dumped(stay: Stay, *, with_optimizer: bool) -> tuple[int, bytes]:
-    # First what may wait for a session at work, then what all take turns at.
-    step, tensors = stay.session.snapshot(with_optimizer=with_optimizer)
-    with _DUMPING:
-        return step, dump_state(tensors)

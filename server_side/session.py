@@ -272,10 +272,7 @@ class Session:
         return node_pb2.TrainResponse()
 
     def _forward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
-        pending, answer = self._run(
-            frame,
-            _answer_of,
-        )
+        pending, answer = self._run(frame, _answer_of)
         self._pending[frame.micro_batch] = pending
         self._forwards += 1
         return answer

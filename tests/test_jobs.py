@@ -61,7 +61,7 @@ def test_the_example_job_says_what_its_file_says() -> None:
 
     assert (read.cut.front, read.cut.head, read.train.epochs, read.train.micro_batches) == ("stem", "head", 5, 2)
     assert read.optimizer.recipe() == AdamW(lr=0.001)
-    assert read.node.where().certificate == Path("node/tls.crt")
+    assert read.node.where()[0].certificate == Path("node/tls.crt")
 
 
 def test_options_win_over_the_environment_and_the_environment_over_the_file() -> None:
@@ -88,7 +88,7 @@ def test_text_from_outside_becomes_the_type_that_its_key_takes() -> None:
 
 
 def test_a_node_with_a_pin_from_outside_replaces_how_the_file_knows_its_node() -> None:
-    where = job("node.address=gpu:7700#sha256:ab").node.where()
+    (where,) = job("node.address=gpu:7700#sha256:ab").node.where()
 
     assert (where.target, where.pin, where.certificate) == ("gpu:7700", "sha256:ab", None)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import cloister
 from client_side import stream as stream_module
+from client_side.frames import encode_frame
 from client_side.link import Link, NodeAddress
 from protos import node_pb2, node_pb2_grpc, tensor_pb2
 from wire import errors
@@ -216,17 +217,19 @@ def test_T17_an_input_gradient_of_another_shape_stops_the_training(
 
 def snapshot_of(tensors: dict[str, torch.Tensor], **changes: Any) -> Callable[[], Iterator[node_pb2.SnapshotResponse]]:
     data = dump_state({STATE_PREFIX + name: t for name, t in tensors.items()})
-    header = {"next_step": 1, "state_bytes": len(data), "state_sha256": sha256(data), **changes}
+    contents = {"state_bytes": len(data), "state_sha256": sha256(data), **changes}
 
     def send() -> Iterator[node_pb2.SnapshotResponse]:
-        yield node_pb2.SnapshotResponse(header=node_pb2.SnapshotHeader(**header))
+        yield node_pb2.SnapshotResponse(header=node_pb2.SnapshotHeader(next_step=1))
+        yield node_pb2.SnapshotResponse(contents=node_pb2.SnapshotContents(**contents))
         yield node_pb2.SnapshotResponse(chunk=data)
 
     return send
 
 
 def endless() -> Iterator[node_pb2.SnapshotResponse]:
-    yield node_pb2.SnapshotResponse(header=node_pb2.SnapshotHeader(state_bytes=1000, state_sha256=b"\0" * 32))
+    yield node_pb2.SnapshotResponse(header=node_pb2.SnapshotHeader())
+    yield node_pb2.SnapshotResponse(contents=node_pb2.SnapshotContents(state_bytes=1000, state_sha256=b"\0" * 32))
     while True:
         yield node_pb2.SnapshotResponse(chunk=b"\0" * 2**20)
 
@@ -291,7 +294,7 @@ def test_T14_a_node_that_falls_silent_is_hung_up_on_and_asked_again(
 
     servicer.answer = silent_at_first
     link = Link(address, identities[0])
-    link.send(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)])
+    link.send(encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)]))
     started = time.monotonic()
     answer = link.receive()
     link.close()
@@ -306,9 +309,11 @@ def test_T14_a_node_that_is_gone_for_good_ends_with_what_to_check(
 ) -> None:
     with lying_node(identities, tmp_path) as (_, address):
         link = Link(address, identities[0], reconnect_s=1.0)
-        link.send(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)])
+        link.send(
+            encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)])
+        )
         link.receive()
-    link.send(step=0, micro_batch=0, phase=node_pb2.PHASE_BACKWARD, tensors=[torch.ones(ROWS, FEATURES)])
+    link.send(encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_BACKWARD, tensors=[torch.ones(ROWS, FEATURES)]))
 
     with pytest.raises(errors.UnreachableError, match="did not come back within 1 s"):
         link.receive()

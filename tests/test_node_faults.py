@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -27,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import nn
 
 from client_side.cutting import Cut
+from client_side.frames import encode_frame
 from client_side.link import Link, NodeAddress, SessionRequest
 from client_side.spawn import LocalNode
 from client_side.trainer import Trainer
@@ -34,6 +36,7 @@ from client_side.unsplit import UnsplitTrainer
 from protos import node_pb2
 from server_side.accounts import Limits
 from server_side.keeper import Keeper
+from server_side.kept import KeptSnapshots
 from server_side.metrics import Metrics
 from server_side.node import NodeConfig, start_node
 from server_side.opening import Opening
@@ -137,7 +140,7 @@ def test_T07_a_node_killed_in_the_middle_of_a_step_is_told_and_comes_back_clean(
     try:
         for link in (patient, hasty):
             link.open(request_of(tiny))
-            link.send(step=0, micro_batch=0, phase=FORWARD, tensors=[X])
+            link.send(encode_frame(step=0, micro_batch=0, phase=FORWARD, tensors=[X]))
             link.receive()
         opening.start()
         wait_until(lambda: rows(home).get("open", 0) > 4)
@@ -145,12 +148,12 @@ def test_T07_a_node_killed_in_the_middle_of_a_step_is_told_and_comes_back_clean(
         node.kill()
         opening.join()
 
-        hasty.send(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True)
+        hasty.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True))
         with pytest.raises(UnreachableError, match=r"the node localhost:\d+ did not come back within 0.5 s"):
             hasty.receive()
         left = rows(home)
         assert set(left) == {"open"}
-        patient.send(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True)
+        patient.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True))
 
         with LocalNode(home, threads=1, listen=f"localhost:{node.port}") as again:
             with pytest.raises(
@@ -516,9 +519,11 @@ def _batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @contextlib.contextmanager
 def keeper_on(table: SessionTable, *, idle_s: float = 60.0) -> Iterator[Keeper]:
+    folder = Path(tempfile.mkdtemp())
     keeper = Keeper(
         fingerprint="0" * 64,
         table=table,
+        kept=KeptSnapshots(folder / "snapshots"),
         limits=Limits(),
         metrics=Metrics(),
         device=torch.device("cpu"),
@@ -529,6 +534,7 @@ def keeper_on(table: SessionTable, *, idle_s: float = 60.0) -> Iterator[Keeper]:
     finally:
         keeper.stop()
         table.close()
+        shutil.rmtree(folder)
 
 
 def opening_of(job: Job, keeper: Keeper, owner: str) -> Opening:

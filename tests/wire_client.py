@@ -242,9 +242,12 @@ class WireClient:
 
     def snapshot(self, session: bytes, *, with_optimizer: bool = True) -> tuple[int, dict[str, torch.Tensor]]:
         request = node_pb2.SnapshotRequest(session_id=session, with_optimizer=with_optimizer)
-        responses = self.stub.Snapshot(request, timeout=CALL_S)
-        header = next(iter(responses)).header
-        data = gather((r.chunk for r in responses), header.state_bytes, header.state_sha256, "state")
+        responses = iter(self.stub.Snapshot(request, timeout=CALL_S))
+        header = next(responses).header
+        contents = node_pb2.SnapshotContents()
+        while not contents.state_sha256:
+            contents = next(responses).contents
+        data = gather((r.chunk for r in responses), contents.state_bytes, contents.state_sha256, "state")
         return header.next_step, load_state(data)
 
     def close(self, session: bytes) -> bool:

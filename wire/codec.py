@@ -20,6 +20,7 @@ import torch
 
 from protos import tensor_pb2
 from wire.errors import LimitExceededError, NonFiniteError, TensorRejectedError
+from wire.messages import delimited
 
 __all__ = [
     "DTYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "dtype_number",
     "encode",
     "encode_into",
+    "encode_parts",
     "is_absent",
     "owned",
     "payload_bytes",
@@ -96,16 +98,32 @@ def encode_into(message: tensor_pb2.Tensor, tensor: torch.Tensor) -> None:
     Raises:
         TensorRejectedError: its dtype does not travel in frames.
     """
+    message.data = bytes(_fill_header(message, tensor))
+
+
+def encode_parts(tensor: torch.Tensor) -> list[bytes | memoryview]:
+    """The message of ``tensor`` as pieces to be joined; the last one is the tensor's own memory, if it is on the CPU.
+
+    Raises:
+        TensorRejectedError: its dtype does not travel in frames.
+    """
+    header = tensor_pb2.Tensor()
+    data = _fill_header(header, tensor)
+    return [header.SerializeToString(), *delimited(tensor_pb2.Tensor.DATA_FIELD_NUMBER, [data])]
+
+
+def _fill_header(message: tensor_pb2.Tensor, tensor: torch.Tensor) -> memoryview:
+    """Everything but the data, which is returned."""
     dtype = tensor.dtype
     if dtype not in FRAME_DTYPES:
         raise TensorRejectedError(f"frames carry no {dtype}; use one of {sorted(map(str, FRAME_DTYPES))}")
-    plain = tensor.detach().cpu().contiguous()
-    if dtype is torch.bfloat16:  # numpy has none
-        plain = plain.view(torch.int16)
     message.dtype = _NUMBERS[dtype]  # type: ignore[assignment]  # as above
     message.codec = tensor_pb2.CODEC_RAW
     message.shape.extend(tensor.shape)
-    message.data = plain.numpy().tobytes()
+    if not tensor.numel():
+        return memoryview(b"")
+    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def is_absent(message: tensor_pb2.Tensor) -> bool:

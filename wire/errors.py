@@ -5,6 +5,7 @@ The tree::
     CloisterError
     ├── ConfigError               a job file, flag or argument is wrong (never crosses the wire)
     ├── CutError                  a model cannot be cut as asked (never crosses the wire)
+    ├── CheckpointError           a checkpoint or its disk fails, or is another run's (never crosses the wire)
     ├── IdentityError             a key, certificate or pin is missing, damaged or refused locally
     ├── UnreachableError          no node answered in time                          UNAVAILABLE
     └── WireError                 crosses the wire, with a status and a stable reason
@@ -44,6 +45,7 @@ from grpc_status import rpc_status
 __all__ = [
     "DOMAIN",
     "BusyError",
+    "CheckpointError",
     "CloisterError",
     "ComputeError",
     "ConfigError",
@@ -87,6 +89,10 @@ class ConfigError(CloisterError):
 
 class CutError(CloisterError):
     """A model cannot be cut as asked."""
+
+
+class CheckpointError(CloisterError):
+    """A checkpoint is damaged, cannot be written, or belongs to another run."""
 
 
 class IdentityError(CloisterError):

@@ -22,6 +22,7 @@ __all__ = [
     "load_state",
     "sha256",
     "split_state",
+    "tensor_digest",
 ]
 
 STATE_PREFIX: Final = "state/"
@@ -66,6 +67,16 @@ def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
         else:
             raise StateRejectedError(f"a tensor called {name[:80]!r}, which is no state")
     return state, optimizer
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """32 bytes: SHA-256 over dtype, shape and little-endian content, as ``TensorDigest`` in the wire contract says."""
+    plain = tensor.detach().to("cpu").contiguous()
+    shape = ",".join(map(str, plain.shape))
+    digest = hashlib.sha256(f"{str(plain.dtype).removeprefix('torch.')}|{shape}|".encode())
+    if plain.numel():
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def sha256(data: bytes) -> bytes:

@@ -17,6 +17,7 @@ from cloister import __version__
 from cloister.logs import LogFormat, configure_logs
 from cloister.output import Format, FormatOption, print_record
 from server_side.accounts import Limits
+from server_side.memory import hold_on
 from server_side.node import NodeConfig, start_node
 from wire.errors import ConfigError
 from wire.identity import load_identity
@@ -103,6 +104,7 @@ def node(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    hold_on()
     running = start_node(
         NodeConfig(
             listen=listen,

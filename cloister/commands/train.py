@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,20 @@ import typer
 
 from client_side.callbacks import Evaluation, TrainState
 from client_side.cutting import Cut
+from client_side.durability import holds_run
 from client_side.trainer import Trainer
 from cloister.assembly import cut_model, first_inputs, greet_node, make_loader, make_model, new_trainer, owner_of
 from cloister.exits import ExitCode
 from cloister.jobfile import to_json, to_toml
-from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, job_from
+from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
 from cloister.jobs import Job
 from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
-from cloister.runs import MODEL_FILE, Interruption, RunFolder, remarks
+from cloister.runs import JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
 from cloister.weights import save_weights
+from wire.errors import CloisterError, ConfigError
 
-__all__ = ["TrainResult", "app"]
+__all__ = ["TrainResult", "app", "train_job"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -68,13 +71,22 @@ class TrainResult:
 
 @app.command()
 def train(
-    job_file: JobArgument,
+    job_file: Annotated[
+        Path | None, typer.Argument(metavar="[JOB.toml]", help="The job file; a run that is resumed has its own.")
+    ] = None,
     *,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder, from its newest checkpoint.")
+    ] = None,
     settings: SetOption = None,
     node: NodeOption = None,
     identity: IdentityOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; sets train.epochs.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder; sets output.dir.")] = None,
+    standby: Annotated[
+        bool | None,
+        typer.Option("--standby/--no-standby", help="A second node waits at the latest snapshot; sets node.standby."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the run that the folder holds.")] = False,
     print_job: Annotated[bool, typer.Option("--print-job", help="Print the job as it would run, and stop.")] = False,
     fmt: FormatOption = Format.TABLE,
@@ -84,23 +96,61 @@ def train(
     Writes into the run's folder: model.safetensors (the whole model under its own names), job.json, metrics.jsonl (a
     line a step) and result.json. Variables such as CLOISTER_TRAIN__EPOCHS=3 set keys too; options win over them.
 
-    Ctrl-C finishes the step, saves what is trained and exits with 130; a second one stops at once.
+    The run's state is kept in RUN/state: whatever ends it, --resume goes on, and the numbers are those of a run that
+    was never interrupted. With several nodes, the next one takes over when one fails.
+
+    Ctrl-C finishes the step, writes a checkpoint and exits with 130; a second one stops at once.
 
     Example: [bold]cloister train examples/digits.toml --node 'gpu:7700#sha256:…' --identity owner[/]
+
+    Example: [bold]cloister train --resume runs/digits[/]
     """
-    job = job_from(job_file, settings, node=node, identity=identity, epochs=epochs, out=out)
+    job = _job(job_file, resume, settings, node=node, identity=identity, epochs=epochs, out=out, standby=standby)
     if print_job:
         typer.echo(to_json(job) if fmt is Format.JSON else to_toml(job).rstrip())
         return
-    with ProgressDisplay() as display, remarks(display), RunFolder(job, force=force) as folder:
-        result = _run(job, folder, display)
+    train_job(job, fmt, force=force, resume=resume is not None)
+
+
+def train_job(job: Job, fmt: Format, *, force: bool, resume: bool) -> None:
+    """Trains, prints the result, and says how to go on where it ended early.
+
+    Raises:
+        typer.Exit: interrupted.
+        CloisterError: what went wrong.
+    """
+    with (
+        ProgressDisplay() as display,
+        remarks(display),
+        RunFolder(job, force=force, resume=resume) as folder,
+    ):
+        again = f"cloister train --resume {shlex.quote(str(folder.path))}"
+        try:
+            result = _run(job, folder, display, resume=resume)
+        except (CloisterError, KeyboardInterrupt):
+            if holds_run(folder.state):
+                display.say(f"the run stands at its newest checkpoint; go on with `{again}`")
+            raise
     print_record(result, fmt)
     if result.interrupted:
-        display.say(f"stopped after step {result.steps}: the model so far is in {result.model}")
+        display.say(f"stopped after step {result.steps}; go on with `{again}`. The model so far is in {result.model}")
         raise typer.Exit(ExitCode.INTERRUPTED)
 
 
-def _run(job: Job, folder: RunFolder, display: ProgressDisplay) -> TrainResult:
+def _job(job_file: Path | None, resume: Path | None, settings: list[str] | None, **shorthands: object) -> Job:
+    if resume is None:
+        if job_file is None:
+            raise typer.BadParameter("name a job file, or a run to go on with: --resume RUN")
+        return job_from(job_file, settings, **shorthands)
+    if job_file is not None or shorthands["out"] is not None:
+        raise typer.BadParameter("a run that is resumed has its own job and folder: leave out JOB.toml and --out")
+    if not (resume / JOB_FILE).exists():
+        raise ConfigError(f"{resume} holds no run: `cloister runs list` shows those that there are")
+    # Where the folder is now, wherever it was written.
+    return job_from(resume / JOB_FILE, settings, **{**shorthands, "out": resume})
+
+
+def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool) -> TrainResult:
     owner = owner_of(job)
     display.say(greet_node(job, owner))
     model = make_model(job)
@@ -109,9 +159,10 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay) -> TrainResult:
     loader = make_loader(job, "train")
     with Interruption(display) as interruption:
         callbacks = [folder, interruption, display]
-        with new_trainer(job, made, owner, callbacks) as trainer:
+        folder.begin()
+        with new_trainer(job, made, owner, callbacks, job.checkpoint.plan(folder.state)) as trainer:
             began = time.perf_counter()
-            trainer.fit(loader, job.train.epochs)
+            trainer.fit(loader, job.train.epochs, resume=resume)
             seconds, traffic = time.perf_counter() - began, trainer.traffic
             interrupted = interruption.requested
             file = folder.path / MODEL_FILE
