@@ -119,5 +119,5 @@ def _identity(folder: Path, role: Role) -> Identity:
     if folder.exists():
         return load_identity(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing is signed with the keystore of a throw-away node, so nobody needs its passphrase again.
-    return create_identity(folder, role=role, passphrase=os.urandom(16).hex())
+    # Nothing is signed with the keystore of a throw-away node, so nobody needs its passphrase again, or could guess it.
+    return create_identity(folder, role=role, passphrase=os.urandom(16).hex(), kdf_cost=2)

@@ -25,6 +25,7 @@ from server_side.table import SessionTable
 from wire.channels import server_credentials, server_options
 from wire.errors import ConfigError, StorageError
 from wire.identity import Identity
+from wire.interpreter import warm_up
 from wire.trust import Trust
 
 __all__ = ["NodeConfig", "RunningNode", "pick_device", "start_node"]
@@ -128,6 +129,7 @@ class RunningNode:
         if config.metrics is not None:
             self.metrics_server = self._metrics.serve(*_address(config.metrics))
         self._server.start()
+        threading.Thread(target=warm_up, name="cloister-warm-up", daemon=True).start()
         for name in ("", SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 

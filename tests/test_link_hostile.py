@@ -282,8 +282,7 @@ def test_T14_a_node_that_falls_silent_is_hung_up_on_and_asked_again(
     identities: tuple[cloister.Identity, cloister.Identity],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stream_module, "_LEAST_SILENCE_S", 0.3)
-    monkeypatch.setattr(stream_module, "_FIRST_SILENCE_S", 0.3)
+    monkeypatch.setattr(stream_module, "_STAYING", stream_module._Silence(factor=1.0, least_s=0.3, first_s=0.3))
     monkeypatch.setattr(stream_module, "_WATCH_S", 0.05)
     servicer, address = lying
 

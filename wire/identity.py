@@ -64,6 +64,7 @@ KEYSTORE_FILE: Final = "keystore.json"
 _FACTS_FILE: Final = "identity.json"
 
 MAX_SCRYPT_BYTES: Final = 2**30  # four times what eth-account's own parameters take
+KDF_COST: Final = 2**18  # as go-ethereum's standard: about a second
 MAX_DAYS: Final = 3650  # a pin that nobody renews within ten years is forgotten, not trusted
 
 _ADDRESS: Final = re.compile(r"0x[0-9a-fA-F]{40}")
@@ -91,7 +92,7 @@ class Identity:
 
 
 def create_identity(
-    folder: Path, *, role: Role, passphrase: str, names: Sequence[str] = (), days: int = 825
+    folder: Path, *, role: Role, passphrase: str, names: Sequence[str] = (), days: int = 825, kdf_cost: int = KDF_COST
 ) -> Identity:
     """Makes a new identity in ``folder``; it appears there whole or not at all.
 
@@ -101,6 +102,7 @@ def create_identity(
         passphrase: Encrypts the signing key. The TLS key is not encrypted.
         names: DNS names and IP addresses at which peers reach a node; pinned peers need none.
         days: How long the certificate is valid.
+        kdf_cost: scrypt's N, a power of two: what guessing a person's passphrase costs. 128 random bits need none.
 
     Raises:
         ConfigError: An argument is wrong.
@@ -110,7 +112,7 @@ def create_identity(
     _check_arguments(role, passphrase, days)
     alternatives = alternative_names(names)
     _refuse_to_overwrite(folder)
-    address, keystore = _new_keystore(passphrase)
+    address, keystore = _new_keystore(passphrase, kdf_cost)
     certificate_pem, private_key_pem = new_certificate(f"cloister {role} {address}", alternatives, days=days)
     facts = {"version": 1, "role": role, "address": address}
     files = {
@@ -191,11 +193,11 @@ def _occupied(folder: Path) -> IdentityError:
     )
 
 
-def _new_keystore(passphrase: str) -> tuple[str, bytes]:
+def _new_keystore(passphrase: str, kdf_cost: int) -> tuple[str, bytes]:
     from eth_account import Account  # noqa: PLC0415 - takes more than a second to import
 
     account = Account.create()
-    keystore = Account.encrypt(account.key, passphrase)
+    keystore = Account.encrypt(account.key, passphrase, kdf="scrypt", iterations=kdf_cost)
     return account.address, json.dumps(keystore).encode() + b"\n"
 
 

@@ -24,7 +24,7 @@ from wire.operators import SET_GRAD
 from wire.operators import resolve as resolve_operator
 from wire.program import SESSION_DEVICE, Argument, Graph, Operation, Program, Ref
 
-__all__ = ["Runner", "activation_bytes", "check_state", "output_shapes"]
+__all__ = ["Runner", "activation_bytes", "check_state", "output_shapes", "warm_up"]
 
 _SET_GRAD: Final = resolve_operator(SET_GRAD).function
 #: The argument, by position and name, that says how a random operator draws; with False or 0.0 it does not.
@@ -143,6 +143,12 @@ def _last_uses(graph: Graph, first: int) -> list[tuple[int, ...]]:
         if index not in graph.outputs:
             dead[number].append(index)
     return [tuple(indices) for indices in dead]
+
+
+def warm_up() -> None:
+    """Has torch load what its first look at a graph loads: two seconds that the first session need not wait for."""
+    with _FAKING, _quiet(), FakeTensorMode():
+        torch.empty(2, 2).matmul(torch.empty(2, 2))
 
 
 def check_state(program: Program, tensors: Mapping[str, torch.Tensor]) -> None:
