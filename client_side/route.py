@@ -8,7 +8,6 @@ number (THREATS T14). A node that restarted and lost its sessions is moved to li
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ import torch
 from client_side.frames import FrameLog, FrameMemo, SentFrame
 from client_side.link import Answer, Incoming, Link, NodeAddress, Traffic
 from client_side.snapshots import Snapshot
+from client_side.stream import JITTER
 from wire.errors import (
     BusyError,
     CheckpointError,
@@ -313,7 +313,7 @@ class Route:
                 raise UnreachableError(
                     f"none of {names} took the session within {self._reconnect_s:g} s: {last}"
                 ) from last
-            time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+            time.sleep(backoff * JITTER.uniform(0.5, 1.5))
             backoff = min(2 * backoff, _MAX_BACKOFF_S)
 
     def _try(self, order: list[int]) -> tuple[int, int, CloisterError | None]:

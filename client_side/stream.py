@@ -22,11 +22,14 @@ import grpc
 from wire.channels import wait_ready
 from wire.errors import CloisterError, SessionSupersededError, StorageError, UnreachableError, error_from_rpc
 
-__all__ = ["Stream", "patiently"]
+__all__ = ["JITTER", "Stream", "patiently"]
 
 _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
+
+#: Of its own: from Python's global generator the user's data may be drawn, and a link that breaks changes no number.
+JITTER: Final = random.Random()  # noqa: S311 - no secret
 
 _FIRST_BACKOFF_S: Final = 0.05
 _MAX_BACKOFF_S: Final = 5.0
@@ -168,7 +171,7 @@ class Stream:
             _log.warning("the link to %s broke (%s); dialling again", self._name, why)
         backoff = _FIRST_BACKOFF_S
         while time.monotonic() - self._broken_since < self._reconnect_s:
-            time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+            time.sleep(backoff * JITTER.uniform(0.5, 1.5))
             backoff = min(2 * backoff, _MAX_BACKOFF_S)
             try:
                 wait_ready(self._channel, timeout=min(_MAX_BACKOFF_S, max(self._reconnect_s, _FIRST_BACKOFF_S)))
@@ -210,5 +213,5 @@ def patiently(call: Callable[[], _T], reconnect_s: float) -> _T:
             told = error_from_rpc(error) if isinstance(error, grpc.RpcError) else error
             if not isinstance(told, UnreachableError) or time.monotonic() - started > reconnect_s:
                 raise told from error
-        time.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 -- jitter, not a secret
+        time.sleep(backoff * JITTER.uniform(0.5, 1.5))
         backoff = min(2 * backoff, _MAX_BACKOFF_S)
