@@ -97,6 +97,8 @@ class RunFolder(Callback):
             if self._force:
                 shutil.rmtree(self.state, ignore_errors=True)
                 (self.path / METRICS_FILE).unlink(missing_ok=True)
+            for partial in self.path.glob(".*.partial"):  # what a killed process left half-written
+                partial.unlink()
             for name in (RESULT_FILE, MODEL_FILE):  # of the run that is replaced, or of this one before it was resumed
                 (self.path / name).unlink(missing_ok=True)
             write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
@@ -126,7 +128,8 @@ class RunFolder(Callback):
     def close(self) -> None:
         """Lets others write to the folder."""
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # the disk is full, as was said when the line was written
+                self._metrics.close()
         else:
             with contextlib.suppress(OSError):  # not empty, or not ours to remove: somebody else's
                 self.path.rmdir()  # a run that never began leaves nothing
