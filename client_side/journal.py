@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 _VERSION: Final = 1  # PRAGMA user_version
 _MOST_EVENTS: Final = 1000  # a link that flaps for days must not fill a disk
 _WAIT_S: Final = 10  # for `cloister runs`, which reads for milliseconds
+_DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: another schema
 
 _METADATA: Final = sa.MetaData()
 _CHECKPOINTS: Final = sa.Table(
@@ -89,11 +91,13 @@ class Journal:
         self._path = path
         try:
             self._engine = _opened(path)
-        except SQLAlchemyError:
+        except SQLAlchemyError as error:
+            if not _is_damage(error):  # a full disk, or somebody else's lock: what stands there is good
+                raise CheckpointError(f"cannot open {path}: {_cause(error)}; mend that and resume the run") from error
             aside = path.with_name(f"{path.name}.damaged")
             _log.warning("the journal %s is damaged: it is now %s, and a new one begins", path, aside.name)
             try:
-                for suffix in ("-wal", "-shm"):
+                for suffix in ("-journal", "-wal", "-shm"):
                     path.with_name(path.name + suffix).unlink(missing_ok=True)
                 path.replace(aside)
                 self._engine = _opened(path)
@@ -190,6 +194,14 @@ def _check(connection: sa.Connection, path: Path) -> None:
     sound = connection.exec_driver_sql("PRAGMA quick_check").scalar_one()
     if sound != "ok":
         raise sa.exc.DatabaseError("quick_check", None, ValueError(sound))
+
+
+def _is_damage(error: SQLAlchemyError) -> bool:
+    """Whether the file itself is no good; else what happened to it may pass."""
+    inner = getattr(error, "orig", None)
+    if not isinstance(inner, sqlite3.Error):
+        return True  # what quick_check found
+    return inner.sqlite_errorcode & 0xFF in _DAMAGE  # the rest of an extended code says where it was noticed
 
 
 def _cause(error: Exception) -> str:
