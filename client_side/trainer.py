@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import torch
 
@@ -32,6 +32,8 @@ from wire.state import STATE_PREFIX, split_state
 __all__ = ["Loader", "Trainer", "addresses"]
 
 _log = logging.getLogger(__name__)
+
+_SETTLING: Final = 5  # attempts at the last checkpoint; each of them is on a node that was brought to the present
 
 Loader: TypeAlias = Iterable[Sequence[torch.Tensor]]
 
@@ -208,7 +210,7 @@ class Trainer:
             self._link = self._runner = self._route = None
 
     def _epoch(self, loader: Loader, control: Control, resumed: Checkpoint | None) -> None:
-        state, started = self.state, time.perf_counter()
+        state, started, late_s = self.state, time.perf_counter(), 0.0
         self._tell("on_epoch_begin", control)
         self._train_mode()
         for *inputs, labels in self._batches(loader, resumed):
@@ -222,7 +224,6 @@ class Trainer:
             self._sum, self._rows = self._sum + loss * count, self._rows + count
             state.global_step += 1
             state.batch += 1
-            self._checkpoint_if_due(loader)
             self._tell(
                 "on_step_end",
                 control,
@@ -230,19 +231,24 @@ class Trainer:
                     state.global_step,
                     loss,
                     count,
-                    time.perf_counter() - began,
+                    time.perf_counter() - began + late_s,
                     self.traffic,
                     runner.node_s - node_s,
                 ),
             )
+            # After the callbacks: what they draw and write down of a step is there before a checkpoint vouches for it.
+            told = time.perf_counter()
+            self._checkpoint_if_due(loader)
+            late_s = time.perf_counter() - told  # counts with the step that it delays
             if control.should_training_stop:
                 break
         if not self._rows:
             raise ConfigError("the loader yielded no batch: is it empty, or drop_last=True with too large a batch?")
         if self._run is not None:
             self._checkpoint(loader)
+            if control.should_training_stop or state.epoch + 1 == state.epochs:
+                self._settle(loader, self._run)
             if control.should_training_stop:
-                self._run.wait()
                 self._run.journal.happened(state.global_step, "stopped", "as was asked")
         mean, rows = self._sum / self._rows, self._rows
         state.epoch, state.batch, self._sum, self._rows = state.epoch + 1, 0, 0.0, 0
@@ -370,6 +376,15 @@ class Trainer:
             )
         self._owed = False
         run.save(self._here(loader), incoming)
+
+    def _settle(self, loader: Loader, run: Run) -> None:
+        """Where a run stops its checkpoint counts, though a node die while it is fetched: another one has it, too."""
+        for _ in range(_SETTLING):
+            run.wait()
+            if run.latest.step == self.state.global_step:
+                return
+            self._checkpoint(loader)
+        run.wait()
 
     def _opened(self, rows: int) -> StepRunner:
         """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
