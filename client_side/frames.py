@@ -200,6 +200,8 @@ def read_frames(path: Path) -> Iterator[SentFrame]:
 class FrameMemo:
     """What an earlier process of a run sent beyond the checkpoint that the run resumes from.
 
+    For one thread, but for :meth:`drop`.
+
     The steps are computed anew and come out the same. Should they not (another processor), or should a frame hold noise
     that was drawn and accounted for, the bytes that left once are the ones that leave again.
     """
@@ -212,6 +214,7 @@ class FrameMemo:
         """
         self._folder = folder / _OLD
         self._at: dict[tuple[int, int, int], tuple[Path, int, int]] = {}
+        self._lock = threading.Lock()
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             count = len(list(self._folder.iterdir()))
@@ -227,7 +230,8 @@ class FrameMemo:
 
     def take(self, frame: SentFrame) -> SentFrame:
         """``frame`` as it was sent before, or as it is."""
-        found = self._at.pop(frame.place, None)
+        with self._lock:
+            found = self._at.pop(frame.place, None)
         if found is None:
             return frame
         path, offset, length = found
@@ -244,8 +248,10 @@ class FrameMemo:
 
     def drop(self, step: int) -> None:
         """Forgets what belongs to steps before ``step``; with the last frame, the files go."""
-        self._at = {place: at for place, at in self._at.items() if place[0] >= step}
-        if not self._at:
+        with self._lock:
+            self._at = {place: at for place, at in self._at.items() if place[0] >= step}
+            left = len(self._at)
+        if not left:
             with disk_errors(self._folder):
                 for path in self._folder.glob("*.frames"):
                     path.unlink()
