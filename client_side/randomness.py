@@ -45,7 +45,7 @@ def restore(state: Mapping[str, torch.Tensor], loader: object = None) -> None:
         )
     try:
         torch.set_rng_state(state["torch"])
-        cuda = [state[name] for name in sorted(state) if name.startswith("cuda/")]
+        cuda = [state[f"cuda/{n}"] for n in range(sum(name.startswith("cuda/") for name in state))]
         if cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda)
         *keys, position, has_gauss = state["numpy"].tolist()
