@@ -33,6 +33,7 @@ __all__ = ["FrameLog", "FrameMemo", "SentFrame", "encode_frame", "read_frames"]
 
 _HEADER: Final = struct.Struct("<IIQIB?")
 _OLD: Final = "old"
+_NUMBERED: Final = f"{'[0-9]' * 6}-*.frames"
 _CRC: Final = struct.Struct("<I")
 _MAX_FRAME_BYTES: Final = MAX_TENSOR_BYTES + 64 * 2**20  # what a node takes at most, and more
 
@@ -217,12 +218,17 @@ class FrameMemo:
         self._lock = threading.Lock()
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            count = len(list(self._folder.iterdir()))
+            count = max((int(path.name[:6]) + 1 for path in self._folder.glob(_NUMBERED)), default=0)
             for path in sorted(folder.glob("*.frames")):
                 path.rename(self._folder / f"{count:06d}-{path.name}")
                 count += 1
         for path in sorted(self._folder.glob("*.frames")):
             self._scan(path, step)
+        wanted = {path for path, _, _ in self._at.values()}
+        with disk_errors(self._folder):
+            for path in self._folder.glob("*.frames"):
+                if path not in wanted:  # the same steps again, of a process that got no further than one before it
+                    path.unlink()
 
     def __len__(self) -> int:
         """Frames that may still be asked for."""
