@@ -87,12 +87,28 @@ class CheckpointFile:
         Raises:
             CheckpointError: gone, damaged, or written by another version.
         """
+        return self.parse(self.data())
+
+    def data(self) -> bytes:
+        """Its bytes, whole.
+
+        Raises:
+            CheckpointError: gone, or damaged.
+        """
         try:
             data = self.path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
         if sha256(data) != self.sha256:
             raise CheckpointError(f"{self.path} is damaged: its bytes do not hash to its name")
+        return data
+
+    def parse(self, data: bytes) -> Checkpoint:
+        """The checkpoint that whole bytes hold: what is wrong with them now was so when they were written.
+
+        Raises:
+            CheckpointError: written by another version, or by something else.
+        """
         try:
             tensors = safetensors.torch.load(data)
             fields = json.loads(_metadata(data)["cloister"])

@@ -46,6 +46,7 @@ _SNAPSHOTS: Final = "snapshots"
 _FRAMES: Final = "frames"
 _JOURNAL: Final = "run.sqlite"
 _LOCK: Final = "lock"
+_LOCKS: Final[set[int]] = set()  # descriptors of the locks that this process holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class Checkpoints:
         keep_on_node: the node keeps its latest snapshot on its own disk too, so that coming back to it needs no upload.
     """
 
-    folder: Path
+    folder: Path | str
     every: int = 50
     keep: int = 2
     snapshots: str | None = None
@@ -74,9 +75,9 @@ class Checkpoints:
             raise ConfigError("checkpoints: every, keep and log_bytes are 1 or more")
 
 
-def holds_run(folder: Path) -> bool:
+def holds_run(folder: Path | str) -> bool:
     """Whether a run that can be resumed lives in ``folder``."""
-    return bool(list_checkpoints(folder / _CHECKPOINTS))
+    return bool(list_checkpoints(Path(folder).expanduser() / _CHECKPOINTS))
 
 
 class Run:
@@ -90,7 +91,7 @@ class Run:
             ConfigError: the snapshots' URL is none.
         """
         self.plan = plan
-        self._folder = plan.folder
+        self._folder = Path(plan.folder).expanduser()
         with disk_errors(self._folder):
             (self._folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self._folder)
@@ -99,7 +100,7 @@ class Run:
             self._at = "" if plan.snapshots is None else f"{plan.snapshots.rstrip('/')}/{secrets.token_hex(8)}"
             self._store = self._opened(self._at)
         except BaseException:
-            os.close(self._lock)
+            _unlock(self._lock)
             raise
         self._latest: Checkpoint | None = None
         self._snapshots: dict[str, Snapshot] = {}
@@ -148,19 +149,24 @@ class Run:
         """The newest checkpoint that is whole, with its snapshot; ``None`` where there is none at all.
 
         Raises:
-            CheckpointError: all are damaged; or the newest whole one is not of this run, and what differs.
+            CheckpointError: all are damaged; or the newest whole one is not of this run, or of another version of the
+                format, and what differs.
         """
         files = list_checkpoints(self._folder / _CHECKPOINTS, tidy=True)
         for file in files:
             try:
-                checkpoint = file.read()
+                data = file.data()
+            except CheckpointError as error:
+                self._skip(file, error)
+                continue
+            checkpoint = file.parse(data)  # whole, but not ours to read: passing it over would remove it
+            check_same_run(checkpoint, run)
+            try:
                 store = self._opened(checkpoint.store)
                 store.load(checkpoint.snapshot)
             except CheckpointError as error:
-                _log.warning("%s; trying the one before it", error)
-                self.journal.happened(file.step, "skipped", str(error))
+                self._skip(file, error)
                 continue
-            check_same_run(checkpoint, run)
             self._store, self._at = store, checkpoint.store
             self._resume(checkpoint, files)
             return checkpoint
@@ -240,7 +246,11 @@ class Run:
         if self._log is not None:
             self._log.close()
         self.journal.close()
-        os.close(self._lock)
+        _unlock(self._lock)
+
+    def _skip(self, file: CheckpointFile, error: CheckpointError) -> None:
+        _log.warning("%s; trying the one before it", error)
+        self.journal.happened(file.step, "skipped", str(error))
 
     def _resume(self, checkpoint: Checkpoint, files: list[CheckpointFile]) -> None:
         # What came after it is of no use to anybody: it is damaged.
@@ -324,4 +334,19 @@ def _locked(folder: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         raise CheckpointError(f"another process works on the run in {folder}: wait for it, or stop it") from error
+    _LOCKS.add(descriptor)
     return descriptor
+
+
+def _unlock(descriptor: int) -> None:
+    _LOCKS.discard(descriptor)
+    os.close(descriptor)
+
+
+def _let_go() -> None:
+    """In a forked child (a loader's worker): the lock is its parent's, and must not outlive it."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
