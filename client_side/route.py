@@ -132,6 +132,7 @@ class Route:
         self._latest, self._load, self._log, self._memo = latest, load, log, memo
         self._reconnect_s, self._tell = reconnect_s, tell
         self._step = self._delivered = 0
+        self._boundary = latest().step  # steps finished, as far as the owner was told
         self._fruitless = 0
         self._told = False
         self._past = Traffic(0, 0, 0)
@@ -189,6 +190,8 @@ class Route:
         answer: Answer = self._staying(lambda link: link.receive())
         self._delivered += 1
         self._fruitless = 0
+        if answer.updated:
+            self._boundary = answer.step + 1
         self.draining = answer.draining
         return answer
 
@@ -215,14 +218,24 @@ class Route:
 
     def snapshot(self, *, with_optimizer: bool = False) -> tuple[int, dict[str, torch.Tensor]]:
         """See :meth:`Link.snapshot`."""
-        found: tuple[int, dict[str, torch.Tensor]] = self._staying(
-            lambda link: link.snapshot(with_optimizer=with_optimizer)
-        )
+
+        def fetch(link: Link) -> tuple[int, dict[str, torch.Tensor]]:
+            step, tensors = link.snapshot(with_optimizer=with_optimizer)
+            self._check_present(step)
+            return step, tensors
+
+        found: tuple[int, dict[str, torch.Tensor]] = self._staying(fetch)
         return found
 
     def begin_snapshot(self, *, known: Sequence[bytes], keep: bool) -> Incoming:
         """See :meth:`Link.begin_snapshot`."""
-        coming: Incoming = self._staying(lambda link: link.begin_snapshot(known=known, keep=keep))
+
+        def begin(link: Link) -> Incoming:
+            incoming = link.begin_snapshot(known=known, keep=keep)
+            self._check_present(incoming.next_step)
+            return incoming
+
+        coming: Incoming = self._staying(begin)
         return coming
 
     def reopen(self) -> None:
@@ -266,6 +279,11 @@ class Route:
         if standby is not None:
             standby.link.close(end_session=end_session)
         self._leave_link(end_session=end_session)
+
+    def _check_present(self, step: int) -> None:
+        """Raises: SessionLostError: a node that restarted gives what it had kept of an earlier step."""
+        if step < self._boundary:
+            raise SessionLostError(f"the node restarted and has only step {step} of {self._boundary}")
 
     @property
     def _here(self) -> Link:
