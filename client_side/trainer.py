@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 import torch
+from torch import nn
 
 from client_side import randomness
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
@@ -136,6 +137,11 @@ class Trainer:
         """Bytes of all sessions so far."""
         return self._past_traffic if self._link is None else self._past_traffic + self._link.traffic
 
+    @property
+    def run(self) -> Run | None:
+        """The run's folder at work, once :meth:`fit` has begun and where there are ``checkpoints``."""
+        return self._run
+
     def fit(self, loader: Loader, epochs: int, *, resume: bool = False) -> TrainState:
         """Trains for ``epochs`` passes over ``loader``, then brings the middle home.
 
@@ -149,7 +155,7 @@ class Trainer:
             WireError: the node's reason for refusing.
             UnreachableError: the node is gone for longer than ``reconnect_s``.
             CheckpointError: the disk fails; or the folder holds another run, and what differs.
-            ConfigError: the folder holds a run, and ``resume`` is not given.
+            ConfigError: the folder holds a run, and ``resume`` is not given; or the loader's workers persist.
         """
         control = Control()
         resumed = self._durably(loader, resume=resume)
@@ -280,6 +286,11 @@ class Trainer:
             if resume:
                 raise ConfigError("resume: give checkpoints=cloister.Checkpoints(folder=…), where the run is kept")
             return None
+        if getattr(loader, "persistent_workers", False):  # the second epoch depends on what they drew in the first
+            raise ConfigError(
+                "the loader has persistent_workers=True, whose random generators cannot be restored: leave it out, and "
+                "each epoch's workers begin with a seed of their own"
+            )
         if self._run is not None:
             return None
         if not resume and holds_run(self._plan.folder):
@@ -288,14 +299,22 @@ class Trainer:
             self._past_traffic = self.traffic
             self._link.close()
             self._link = self._runner = None
-        self._run = Run(self._plan)
-        checkpoint = self._run.recover(self._what()) if resume else None
-        if checkpoint is None:
-            self._begin = randomness.capture(loader)
-            middle = {STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()}
-            self._run.begin(self._here(loader), middle)
-            return None
-        self._restore(checkpoint)
+        run = Run(self._plan)
+        try:
+            checkpoint = run.recover(self._what()) if resume else None
+            if checkpoint is None:
+                self._begin = randomness.capture(loader)
+                middle = {STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()}
+                run.begin(self._here(loader), middle)
+            else:
+                self._restore(checkpoint)
+                if not checkpoint.batch:  # before the first epoch: callbacks draw from here on, as they did then
+                    randomness.restore(checkpoint.part("now/"), loader)
+                    checkpoint = None
+        except BaseException:
+            run.close()
+            raise
+        self._run = run
         return checkpoint
 
     def _what(self) -> dict[str, object]:
@@ -304,12 +323,7 @@ class Trainer:
         return {
             "middle": self.cut.program.digest.hex(),
             "topology": "vanilla" if self.cut.head is None else "U-shaped",
-            **{
-                name: {
-                    n: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in part.state_dict().items()
-                }
-                for name, part in parts.items()
-            },
+            **{name: _shapes(part) for name, part in parts.items()},
             "optimizer": str(self._optimizer),
             "loss": str(self._loss),
             "micro_batches": self._micro_batches,
@@ -507,6 +521,14 @@ class Trainer:
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self.state, control, *details)
+
+
+def _shapes(part: nn.Module) -> dict[str, str]:
+    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {
+        name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}{' frozen' if name in frozen else ''}"
+        for name, t in part.state_dict().items()
+    }
 
 
 def addresses(node: str | NodeAddress | Sequence[str | NodeAddress]) -> list[NodeAddress]:
