@@ -1,4 +1,4 @@
-"""The benchmarks: ``python -m bench [loopback|small|wan|memory|all]``; ``make bench`` writes ``bench/RESULTS.md``."""
+"""The benchmarks: ``python -m bench [loopback|small|wan|durability|memory|all]``; ``make bench`` writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import loopback, memory, small, wan
+from bench import durability, loopback, memory, small, wan
 from bench.blocks import tell
 from bench.report import Chapter, as_json, as_markdown
 
@@ -24,6 +24,10 @@ _BENCHMARKS: Final[dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]
     "loopback": (lambda: loopback.loopback(loopback.FULL), lambda: loopback.loopback(loopback.QUICK)),
     "small": (lambda: small.small(small.FULL), lambda: small.small(small.QUICK)),
     "wan": (lambda: wan.wan(wan.FULL), lambda: wan.wan(wan.QUICK)),
+    "durability": (
+        lambda: durability.durability(durability.FULL),
+        lambda: durability.durability(durability.QUICK),
+    ),
     "memory": (lambda: memory.memory(memory.FULL), lambda: memory.memory(memory.QUICK)),
 }
 

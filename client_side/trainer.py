@@ -122,6 +122,7 @@ class Trainer:
         self._optimizers = [PartOptimizer(optimizer, dict(part.named_parameters())) for part in parts]
         self._sum, self._rows = 0.0, 0  # of the epoch at hand
         self._begin: dict[str, torch.Tensor] = {}  # random generators at its beginning
+        self._over = False  # its loader has no more batches
         self.state = TrainState()
 
     def __enter__(self) -> Self:
@@ -248,6 +249,8 @@ class Trainer:
             late_s = time.perf_counter() - told  # counts with the step that it delays
             if control.should_training_stop:
                 break
+        else:
+            self._over = True
         if not self._rows:
             raise ConfigError("the loader yielded no batch: is it empty, or drop_last=True with too large a batch?")
         if self._run is not None:
@@ -269,6 +272,7 @@ class Trainer:
         if resumed is not None:
             randomness.restore(resumed.part("epoch/"), loader)
         self._begin = randomness.capture(loader) if self._run is not None else {}
+        self._over = False
         iterator = iter(loader)
         for number in range(self.state.batch):
             if next(iterator, None) is None:
@@ -276,9 +280,15 @@ class Trainer:
                     f"the loader ends after {number} batches, and the run had done {self.state.batch} of this epoch: "
                     "it yields other data than before"
                 )
-        if resumed is not None:
-            randomness.restore(resumed.part("now/"), loader)
-        return iterator
+        if resumed is None:
+            return iterator
+        if resumed.over and next(iterator, None) is not None:
+            raise CheckpointError(
+                f"the loader goes on after {self.state.batch} batches, and the run's epoch ended there: "
+                "it yields other data than before"
+            )
+        randomness.restore(resumed.part("now/"), loader)
+        return iter(()) if resumed.over else iterator
 
     def _durably(self, loader: Loader, *, resume: bool) -> Checkpoint | None:
         """Begins the run in its folder, or finds where it stood."""
@@ -343,6 +353,7 @@ class Trainer:
             step=self.state.global_step,
             epoch=self.state.epoch,
             batch=self.state.batch,
+            over=self._over,
             loss_sum=self._sum,
             rows=self._rows,
             log_history=list(self.state.log_history),
