@@ -6,11 +6,12 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint protos bench docs clean
+.PHONY: help setup demo test chaos lint protos bench docs clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+CHAOS_FLAGS ?= --kills 100 --seed 0 --steps 200
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -47,6 +48,9 @@ demo: setup  ## train a real model through a real node over mutual TLS, and prov
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+chaos: setup  ## kill owner and nodes 100 times at random moments, and compare the run's bits (some 20 minutes)
+	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
 
 lint: setup  ## check style, types, imports, and that what is generated is up to date
 	$(BIN)/ruff check
