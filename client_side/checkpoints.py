@@ -48,6 +48,7 @@ class Checkpoint:
         step: steps finished.
         epoch: epochs finished.
         batch: batches of the next epoch that are done.
+        over: the loader was found to have no more of them, and may have drawn from its generator for that.
         loss_sum: of these batches, each loss times its rows.
         rows: of these batches.
         log_history: see :class:`TrainState`.
@@ -60,6 +61,7 @@ class Checkpoint:
     step: int
     epoch: int
     batch: int
+    over: bool
     loss_sum: float
     rows: int
     log_history: list[dict[str, float]]
@@ -122,6 +124,7 @@ class CheckpointFile:
                 step=int(fields["step"]),
                 epoch=int(fields["epoch"]),
                 batch=int(fields["batch"]),
+                over=bool(fields["over"]),
                 loss_sum=float(fields["loss_sum"]),
                 rows=int(fields["rows"]),
                 log_history=[{str(k): float(v) for k, v in entry.items()} for entry in fields["log_history"]],
@@ -154,6 +157,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointFile:
         "step": checkpoint.step,
         "epoch": checkpoint.epoch,
         "batch": checkpoint.batch,
+        "over": checkpoint.over,
         "loss_sum": checkpoint.loss_sum,
         "rows": checkpoint.rows,
         "log_history": checkpoint.log_history,
