@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
@@ -122,6 +123,7 @@ class _Owner:
             text=True,
         )
         self.lines: list[str] = []
+        self.has_full_disk = False
         self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), name="owner-stderr")
         self._reader.start()
 
@@ -188,10 +190,15 @@ class Chaos:
         self._disk.mkdir(parents=True)
         self._mounted = _mount(self._disk)
         try:
-            for name in "AB":
-                self._nodes.append(_Node(name, self._folder / name, self._nodes[0].owner if self._nodes else None))
-            self._start(["--out", str(self.reference)], self._job_file())
-            self._finish()
+            self._nodes.append(_Node("A", self._folder / "A"))
+            with ThreadPoolExecutor(1) as meanwhile:
+                other = meanwhile.submit(_Node, "B", self._folder / "B", self._nodes[0].owner)
+                try:
+                    self._start(["--out", str(self.reference)], self._job_file())
+                    self._finish()
+                finally:
+                    self._nodes.append(other.result())
+            self._job_file()
             self._say(f"reference: {self._plan.epochs * STEPS_PER_EPOCH} steps in {time.monotonic() - began:.1f} s")
             # Never two full disks at the same kill: a slot in each stretch of kills.
             stretch = self._plan.kills / max(self._plan.full_disks, 1)
@@ -237,7 +244,6 @@ class Chaos:
         self._start([], self._folder / "job.toml")
         while True:
             if self._full_at and self._spent >= self._full_at[0]:
-                self._full_at.pop(0)
                 self._fill_the_disk()
             elif self._spent < self._plan.kills:
                 self._disturb()
@@ -284,10 +290,10 @@ class Chaos:
 
     def _check_exit(self, code: int) -> None:
         owner = self._alive()
-        if code == _EXIT_UNREACHABLE and not owner.said("goes on"):
+        if code == _EXIT_UNREACHABLE and not owner.said("of them on the node"):
             self.tally.unreachable += 1  # both nodes were down when it greeted them
             return
-        if code not in (0, -signal.SIGKILL):
+        if code not in (0, -signal.SIGKILL) and not (code == _EXIT_DISK and owner.has_full_disk):
             raise ChaosError(f"the owner ended with {code}:\n{''.join(owner.lines[-15:])}")
 
     def _count_life(self) -> None:
@@ -480,9 +486,10 @@ class Chaos:
         told = "cannot write" in said or "the journal" in said
         if code != _EXIT_DISK or not told or "--resume" not in said:
             raise ChaosError(f"with a full disk ({how}) the owner ended with {code}, and said:\n{said}")
+        owner.has_full_disk = True
+        self._full_at.pop(0)
         self.tally.full_disks[how] += 1
         self._say(f"disk full ({how}): {owner.lines[-1].strip()[:150]}")
-        owner.process.returncode = -signal.SIGKILL  # as was to be: counted like a life that was ended
 
     def _summary(self, seconds: float) -> str:
         tally = self.tally
