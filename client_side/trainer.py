@@ -22,6 +22,7 @@ from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from client_side.route import Route, RouteNews
+from client_side.sampling import SeededSampler
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
 from wire.errors import CheckpointError, ConfigError
@@ -273,8 +274,13 @@ class Trainer:
             randomness.restore(resumed.part("epoch/"), loader)
         self._begin = randomness.capture(loader) if self._run is not None else {}
         self._over = False
+        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+        done = self.state.batch
+        if isinstance(sampler, SeededSampler) and isinstance(size, int):
+            sampler.start_at(done * size)
+            done = 0
         iterator = iter(loader)
-        for number in range(self.state.batch):
+        for number in range(done):
             if next(iterator, None) is None:
                 raise CheckpointError(
                     f"the loader ends after {number} batches, and the run had done {self.state.batch} of this epoch: "

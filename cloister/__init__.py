@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from client_side.durability import Checkpoints
     from client_side.link import NodeAddress, Traffic
     from client_side.remote import RemoteMiddle
+    from client_side.sampling import SeededSampler
     from client_side.spawn import LocalNode
     from client_side.trainer import Trainer
     from client_side.unsplit import UnsplitTrainer
@@ -52,6 +53,7 @@ __all__ = [
     "NodeAddress",
     "RemoteMiddle",
     "Schedule",
+    "SeededSampler",
     "StepEnd",
     "Traffic",
     "TrainState",
@@ -71,6 +73,7 @@ _HOMES: Final = {
     "client_side.durability": ("Checkpoints",),
     "client_side.link": ("NodeAddress", "Traffic"),
     "client_side.remote": ("RemoteMiddle",),
+    "client_side.sampling": ("SeededSampler",),
     "client_side.spawn": ("LocalNode",),
     "client_side.trainer": ("Trainer",),
     "client_side.unsplit": ("UnsplitTrainer",),
