@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from wire.errors import CheckpointError
+from wire.files import replace_file
 
-__all__ = ["disk_errors", "sync_folder", "write_whole"]
+__all__ = ["disk_errors", "write_whole"]
 
 
 @contextlib.contextmanager
@@ -25,30 +25,10 @@ def disk_errors(where: Path | str) -> Iterator[None]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``path`` down to the disk: beside it, then renamed, so that it is there whole or not at all.
+    """Writes ``path`` durably: it is there whole, or not at all.
 
     Raises:
         CheckpointError: the disk is full, or fails.
     """
-    partial = path.with_name(f".{path.name}.partial")
     with disk_errors(path.parent):
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_file(path, data)

@@ -19,8 +19,9 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from client_side.disk import disk_errors, sync_folder
+from client_side.disk import disk_errors
 from wire.errors import CheckpointError, ConfigError, StateRejectedError
+from wire.files import sync_folder
 from wire.state import chunks, dump_state, load_state, sha256, tensor_digest
 
 __all__ = ["Kept", "Snapshot", "SnapshotStore", "Stored"]

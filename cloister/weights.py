@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from wire.errors import ConfigError
+from wire.files import replace_file
 
 __all__ = ["load_weights", "save_weights", "write_whole"]
 
@@ -74,30 +74,15 @@ def load_weights(model: nn.Module, file: Path) -> str:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Writes ``file`` beside its place, down to the disk, and renames it.
+    """Writes ``file`` durably, whole or not at all.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-        _sync_folder(file.parent)
+        replace_file(file, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {file}: {error.strerror}; choose another place (--out)") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _place(tensor: torch.Tensor, name: str) -> tuple[object, ...]:

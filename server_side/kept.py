@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import threading
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from wire.errors import StateRejectedError, StorageError
+from wire.files import replace_file
 from wire.state import sha256
 
 __all__ = ["KEPT_BYTES", "Kept", "KeptSnapshots"]
@@ -28,7 +28,6 @@ KEPT_BYTES: Final = 64 * 2**30  # of all owners together
 _SHARES: Final = 4  # no owner takes more than this part of it from the others
 
 _NAME: Final = re.compile(r"([0-9a-f]{32})\.([0-9a-f]{64})\.(\d{1,16})\.([0-9a-f]{64})\.safetensors")
-_PARTIAL: Final = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class KeptSnapshots:
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for partial in folder.glob(f"*{_PARTIAL}"):
+            for partial in folder.glob("*.partial"):
                 partial.unlink()
         except OSError as error:
             raise StorageError(f"the snapshot folder {folder} cannot be used: {error.strerror}") from error
@@ -70,19 +69,12 @@ class KeptSnapshots:
             return None
         digest = sha256(data)
         name = f"{session_id.hex()}.{owner}.{step}.{digest.hex()}.safetensors"
-        partial = self._folder / f"{name}{_PARTIAL}"
         with self._lock:
             try:
                 self._make_room(len(data), session_id, owner)
-                with partial.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.rename(self._folder / name)
+                replace_file(self._folder / name, data)
             except OSError:
                 _log.exception("a snapshot could not be kept")
-                with contextlib.suppress(OSError):
-                    partial.unlink()
                 return None
             for old in self._of(session_id):
                 if old.path.name != name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import tempfile
@@ -13,7 +14,7 @@ from wire.errors import IdentityError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MAX_FILE_BYTES", "publish_folder", "read_bounded", "write_private"]
+__all__ = ["MAX_FILE_BYTES", "publish_folder", "read_bounded", "replace_file", "sync_folder", "write_private"]
 
 
 MAX_FILE_BYTES: Final = 64 * 1024  # a chain of ten RSA-4096 certificates takes 25 KiB
@@ -79,9 +80,9 @@ def publish_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             partial.mkdir(mode=0o700)
             for name, content in files.items():
                 write_private(partial / name, content)
-            _sync_folder(partial)
+            sync_folder(partial)
             _rename(partial, folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     except FileExistsError:
         raise
     except OSError as error:
@@ -97,7 +98,28 @@ def _rename(partial: Path, folder: Path) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes ``path`` down to the disk, beside its place first: it holds all of ``content``, or what it held before.
+
+    Raises:
+        OSError: The disk is full, or fails.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
