@@ -119,7 +119,7 @@ def test_an_identity_that_appears_meanwhile_is_not_overwritten(
 ) -> None:
     target = tmp_path / "raced"
 
-    def slow_keystore(passphrase: str) -> tuple[str, bytes]:
+    def slow_keystore(passphrase: str, _: int) -> tuple[str, bytes]:
         shutil.copytree(made.folder, target)  # the other process wins while we are busy with scrypt
         return made.address, passphrase.encode()
 
@@ -135,7 +135,7 @@ def test_T07_a_disk_that_fills_up_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Identity
 ) -> None:
     keystore = (made.folder / "keystore.json").read_bytes()
-    monkeypatch.setattr(module, "_new_keystore", lambda _: (made.address, keystore))
+    monkeypatch.setattr(module, "_new_keystore", lambda *_: (made.address, keystore))
     calls: list[int] = []
     fsync = os.fsync
 
