@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -416,8 +417,14 @@ class Link:
         request = node_pb2.SnapshotRequest(
             session_id=self._session, with_optimizer=with_optimizer, known=known[:_MOST_KNOWN], keep=keep
         )
-        responses = iter(self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S))
-        first = next(responses, None)
+        responses = self._stub.Snapshot(request, timeout=OPEN_TIMEOUT_S)
+        # Training waits for the header, which comes as soon as a step's answer would: so long, and no longer.
+        silent = threading.Timer(self._train.patience_s, responses.cancel)
+        silent.start()
+        try:
+            first = next(responses, None)
+        finally:
+            silent.cancel()
         if first is None or first.WhichOneof("part") != "header":
             raise MessageRejectedError("the node's snapshot does not start with its header")
         return Incoming(first.header.next_step, self._fingerprint.hex(), responses, self._most_state, self._received)

@@ -96,6 +96,13 @@ class Stream:
         """Requests without an answer."""
         return len(self._unanswered)
 
+    @property
+    def patience_s(self) -> float:
+        """How long the peer may be silent."""
+        if not self._longest_s:
+            return self._silence.first_s
+        return max(self._silence.factor * self._longest_s, self._silence.least_s)
+
     def send(self, request: Any) -> None:  # noqa: ANN401 - a message of whatever service
         """Sends ``request`` when the peer takes it; never waits."""
         if self._call is None:
@@ -189,9 +196,7 @@ class Stream:
             since, call = self._waiting_since, self._call
             if since is None or call is None:
                 continue
-            patience = max(self._silence.factor * self._longest_s, self._silence.least_s)
-            if not self._longest_s:
-                patience = self._silence.first_s
+            patience = self.patience_s
             if time.monotonic() - since > patience:
                 _log.warning("%s has been silent for %.0f s; hanging up", self._name, patience)
                 self._silent = self._silence is _LEAVING
