@@ -330,8 +330,8 @@ class _Engine:
                 self._refuse()
             case ["accept"]:
                 self._listen()
-            case ["cut_after", count]:
-                self._up.cut_after = int(count)
+            case ["cut_after", way, count]:
+                (self._up if way == "up" else self._down).cut_after = int(count)
         cpu_s = time.process_time()
         print(self._up.delivered, self._down.delivered, cpu_s, flush=True)  # noqa: T201  stdout is the control channel
 
@@ -419,12 +419,13 @@ class Relay:
         """Ends :meth:`refuse`."""
         self._tell("accept")
 
-    def cut_after(self, n_bytes: int) -> None:
+    def cut_after(self, n_bytes: int, *, down: bool = False) -> None:
         """Resets the connection that carries it once exactly ``n_bytes`` more have reached the target.
 
-        Counted over all connections, from client to target, from now on; 0 cuts whichever next has a byte to deliver.
+        Counted over all connections, from client to target (or ``down`` to the client), from now on; 0 cuts whichever
+        next has a byte to deliver.
         """
-        self._tell(f"cut_after {n_bytes}")
+        self._tell(f"cut_after {'down' if down else 'up'} {n_bytes}")
 
     def traffic(self) -> Traffic:
         """What came out of the link so far, and what the relay's process cost."""
