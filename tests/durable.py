@@ -19,7 +19,7 @@ __all__ = ["Outcome", "Stopped", "Watch", "loaders", "model", "outcome", "resume
 FEATURES, WIDTH, CLASSES = 6, 16, 3
 ROWS, BATCH = 48, 8
 STEPS: Final = ROWS // BATCH  # an epoch's
-OPTIMIZER: Final = cloister.AdamW(lr=1e-2, schedule=cloister.Schedule(decay="cosine", total_steps=30))
+OPTIMIZER: Final = cloister.AdamW(lr=1e-2, schedule=cloister.Schedule(decay="cosine", total_steps=400))
 
 
 class Stopped(Exception):  # noqa: N818 - no error: the owner's process ends here
@@ -62,7 +62,7 @@ class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return ROWS
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = np.random.normal() + random.gauss(0, 1) + torch.rand(()).item()  # noqa: NPY002, S311 - as above
+        noise = np.random.normal() + random.gauss(0, 1) + torch.rand(()).item()  # noqa: NPY002 - as above
         return self.x[index] + noise, self.y[index]
 
 
