@@ -56,6 +56,7 @@ class Plan:
         seed: of every choice. Moments are the machine's own, so no two runs are alike.
         full_disks: how often the disk fills up.
         tear: how often files are torn before the owner is resumed, from 0 to 1.
+        owner: of the kills, the part that hits it; whoever resumes waits for torch to be imported.
         standby: the second node waits at the latest snapshot.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     seed: int = 0
     full_disks: int = 4
     tear: float = 0.5
+    owner: float = 0.4
     standby: bool = False
 
     @property
@@ -311,11 +313,16 @@ class Chaos:
         moment = self._moment()
         if not self._alive().is_alive:
             return  # it ended meanwhile, by itself
-        self._kill(self._random.choice(("owner", "owner", "A", "B", "both")), moment)
+        self._kill(self._victim(), moment)
         if self._spent < self._plan.kills and self._random.random() < 0.4 and self._alive().is_alive:
             time.sleep(self._random.uniform(0, 2.5))  # while the owner moves: it dials, restores, replays
             if self._alive().is_alive:
-                self._kill(self._random.choice(("owner", "A", "B")), "move")
+                self._kill(self._victim(), "move")
+
+    def _victim(self) -> str:
+        if self._random.random() < self._plan.owner:
+            return "owner"
+        return self._random.choice(("A", "B", "both"))
 
     def _kill(self, whom: str, moment: str) -> None:
         step = _lines(self._run / "metrics.jsonl")
@@ -371,7 +378,7 @@ class Chaos:
             if time.monotonic() > give_up_at:
                 said = "" if self._owner is None else "".join(self._owner.lines[-15:])
                 raise ChaosError(f"waited for {what} in vain:\n{said}")
-            time.sleep(0.002)
+            time.sleep(0.004)
 
     def _tear(self) -> None:
         """Damages what a torn write, a bad disk or a careless hand may damage; one checkpoint stays whole."""

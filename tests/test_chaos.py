@@ -21,7 +21,9 @@ PATIENCE_S: Final = 600  # a minute where nothing else runs
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     """What became of a run under six kills and one full disk."""
     made = Chaos(
-        Plan(kills=6, steps=50, seed=2, full_disks=1, tear=0.7), tmp_path_factory.mktemp("chaos") / "here", say=print
+        Plan(kills=6, steps=50, seed=2, full_disks=1, tear=0.7, owner=0.25),
+        tmp_path_factory.mktemp("chaos") / "here",
+        say=print,
     )
     made.go()
     return made
