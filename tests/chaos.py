@@ -236,7 +236,13 @@ class Chaos:
     def _job_file(self) -> Path:
         file = self._folder / "job.toml"
         addresses = [node.address for node in self._nodes]
-        text = job(self._run, self._nodes[0].owner, addresses, epochs=self._plan.epochs, standby=self._plan.standby)
+        text = job(
+            self._run,
+            self._nodes[0].owner,
+            addresses,
+            epochs=self._plan.epochs,
+            standby=self._plan.standby and len(addresses) > 1,
+        )
         file.write_text(text)
         return file
 
