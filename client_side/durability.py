@@ -239,6 +239,11 @@ class Run:
         for place in places:
             self._opened(place).remove()
 
+    def linger(self, seconds: float) -> None:
+        """Until nothing is being written, or so long at most: a node may be gone that still owes a snapshot."""
+        if self._writer is not None:
+            self._writer.join(seconds)
+
     def close(self) -> None:
         """Lets others work on the run; what is being written is finished first."""
         if self._writer is not None:

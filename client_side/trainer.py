@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 _SETTLING: Final = 5  # attempts at the last checkpoint; each of them is on a node that was brought to the present
 
+_LINGER_S: Final = 30.0  # for the checkpoint that is being written when a trainer is closed
 Loader: TypeAlias = Iterable[Sequence[torch.Tensor]]
 
 
@@ -209,13 +210,17 @@ class Trainer:
     def close(self) -> None:
         """Ends the session and the connection; the optimizer's state on the node goes with it, so this is the end."""
         self._closed = True
-        if self._run is not None:
-            self._run.close()
-            self._run = None
-        if self._link is not None:
-            self._past_traffic = self.traffic
-            self._link.close()
-            self._link = self._runner = self._route = None
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.linger(_LINGER_S)
+            if self._link is not None:  # with it ends what a node in a black hole would owe for ever
+                self._past_traffic = self.traffic
+                self._link.close()
+                self._link = self._runner = self._route = None
+        finally:
+            if run is not None:
+                run.close()
 
     def _epoch(self, loader: Loader, control: Control, resumed: Checkpoint | None) -> None:
         state, started, late_s = self.state, time.perf_counter(), 0.0
