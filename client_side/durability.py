@@ -34,7 +34,7 @@ from client_side.disk import disk_errors
 from client_side.frames import FrameLog, FrameMemo
 from client_side.journal import CheckpointEntry, Journal, now
 from client_side.link import Incoming
-from client_side.snapshots import Kept, Snapshot, SnapshotStore
+from client_side.snapshots import Kept, Snapshot, SnapshotStore, StoreFailedError
 from wire.errors import CheckpointError, CloisterError, ConfigError
 
 __all__ = ["Checkpoints", "Run", "holds_run"]
@@ -164,6 +164,8 @@ class Run:
             try:
                 store = self._opened(checkpoint.store)
                 store.load(checkpoint.snapshot)
+            except StoreFailedError:
+                raise  # it may be whole, and what is passed over is removed
             except CheckpointError as error:
                 self._skip(file, error)
                 continue

@@ -24,10 +24,14 @@ from wire.errors import CheckpointError, ConfigError, StateRejectedError
 from wire.files import sync_folder
 from wire.state import chunks, dump_state, load_state, sha256, tensor_digest
 
-__all__ = ["Kept", "Snapshot", "SnapshotStore", "Stored"]
+__all__ = ["Kept", "Snapshot", "SnapshotStore", "StoreFailedError", "Stored"]
 
 _SUFFIX: Final = ".safetensors"
 _DIGEST_BYTES: Final = 32
+
+
+class StoreFailedError(CheckpointError):
+    """The store does not answer: what it holds may be whole all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,8 @@ class SnapshotStore:
         snapshot = Snapshot(step, tensors, kept, sent)
         try:
             self.load(snapshot)  # what cannot be restored is no snapshot; better known now than when it is needed
+        except StoreFailedError:
+            raise
         except CheckpointError as error:
             raise StateRejectedError(f"the node's snapshot is not what it says: {error}") from error
         return snapshot
@@ -158,15 +164,20 @@ class SnapshotStore:
 
         Raises:
             CheckpointError: an object is gone, damaged, or lacks a tensor.
+            StoreFailedError: the store does not answer.
         """
         found: dict[bytes, torch.Tensor] = {}
         for digest in snapshot.objects:
             path = self._path(digest)
             try:
                 data: bytes = self._files.cat_file(path)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise CheckpointError(
                     f"the snapshot of step {snapshot.step} is gone: no {self._shown(digest)}"
+                ) from error
+            except OSError as error:
+                raise StoreFailedError(
+                    f"cannot read {self._shown(digest)}: {error.strerror or error}; mend that and resume the run"
                 ) from error
             if sha256(data) != digest:
                 raise CheckpointError(f"the snapshot of step {snapshot.step} is damaged: {self._shown(digest)}")

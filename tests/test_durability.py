@@ -407,6 +407,23 @@ def test_T07_a_damaged_snapshot_sends_back_to_the_checkpoint_before_it(
     resumed_as(found, expected(), 10)
 
 
+def test_T07_a_store_that_does_not_answer_is_not_taken_for_a_damaged_snapshot(
+    a: LocalNode, torn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in (torn / "checkpoints").iterdir())
+
+    def unreachable(*_: Any) -> bytes:
+        raise OSError(110, "Connection timed out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fsspec.implementations.local.LocalFileSystem.cat_file", unreachable)
+        with pytest.raises(CheckpointError, match="Connection timed out; mend that and resume"):
+            outcome(a.address, a.owner, Checkpoints(folder=torn, every=4), resume=True, seed=99)
+
+    assert sorted(path.name for path in (torn / "checkpoints").iterdir()) == before
+    resumed_as(outcome(a.address, a.owner, Checkpoints(folder=torn, every=4), resume=True, seed=99), expected(), 14)
+
+
 def test_T07_a_run_whose_checkpoints_are_all_damaged_says_so(a: LocalNode, torn: Path) -> None:
     for file in list_checkpoints(torn / "checkpoints"):
         _flip(file.path)
