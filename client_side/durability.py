@@ -105,6 +105,7 @@ class Run:
         self._latest: Checkpoint | None = None
         self._snapshots: dict[str, Snapshot] = {}
         self._writer: threading.Thread | None = None
+        self._follower: threading.Thread | None = None
         self._failed: CheckpointError | None = None
         self._log: FrameLog | None = None
         self._memo: FrameMemo | None = None
@@ -292,15 +293,15 @@ class Run:
         file = write_checkpoint(self._folder / _CHECKPOINTS, checkpoint)
         self._snapshots[file.path.name] = checkpoint.snapshot
         self._latest = checkpoint
-        needed = checkpoint.step
-        if self.follow is not None:
-            try:
-                self.follow(checkpoint.snapshot)
-            except CloisterError as error:
-                _log.warning("nobody stands by: %s", error)
-        self.log.drop(needed)
+        if self.follow is not None and (self._follower is None or not self._follower.is_alive()):
+            # In its own time: a second node that hangs must not hold up checkpoints.
+            self._follower = threading.Thread(
+                target=self._stand_by, args=(self.follow, checkpoint.snapshot), name="cloister-standby", daemon=True
+            )
+            self._follower.start()
+        self.log.drop(checkpoint.step)
         if self._memo is not None:
-            self._memo.drop(needed)
+            self._memo.drop(checkpoint.step)
         kept = self._prune()
         entry = CheckpointEntry(
             step=checkpoint.step,
@@ -311,6 +312,13 @@ class Run:
             at=now(),
         )
         self.journal.checkpointed(entry, kept)
+
+    @staticmethod
+    def _stand_by(follow: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
+        try:
+            follow(snapshot)
+        except CloisterError as error:
+            _log.warning("nobody stands by: %s", error)
 
     def _prune(self) -> list[int]:
         """Removes all but the newest checkpoints, and what only they needed; returns the steps that stay."""

@@ -33,7 +33,7 @@ from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 from wire.state import chunks, dump_state, gather, load_state, sha256
 
-__all__ = ["RECONNECT_S", "Answer", "Incoming", "Link", "NodeAddress", "SessionRequest", "Traffic"]
+__all__ = ["RECONNECT_S", "Answer", "Incoming", "Link", "NodeAddress", "SessionRequest", "Traffic", "addresses"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,21 @@ class NodeAddress:
         if self.certificate is not None:
             return bytes.fromhex(fingerprint_of(read_certificate_file(self.certificate)))
         return b""
+
+
+def addresses(node: str | NodeAddress | Sequence[str | NodeAddress]) -> list[NodeAddress]:
+    """Each of the nodes that ``node`` names, in order.
+
+    Raises:
+        ConfigError: none, one twice, or one without a pin.
+    """
+    named: list[str | NodeAddress] = []
+    for each in [node] if isinstance(node, str | NodeAddress) else node:
+        named += [each] if isinstance(each, NodeAddress) else [part for part in each.split(",") if part.strip()]
+    found = [each if isinstance(each, NodeAddress) else NodeAddress.parse(each.strip()) for each in named]
+    if not found or len({each.target for each in found}) != len(found):
+        raise ConfigError(f"node {node!r}: name one, or several different ones")
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ _SOON_S: Final = 0.5  # a link that breaks is dialled again for so long, where a
 _CONNECT_S: Final = 5.0
 _FIRST_BACKOFF_S: Final = 0.1
 _MAX_BACKOFF_S: Final = 5.0
+_STAY_S: Final = 30.0  # on a node that is about to stop, before the others are asked again
 _FRUITLESS: Final = 3  # moves to each node without a single answer, before a node's own defects end the run
 _WINDOW: Final = 8  # frames on their way at a time while replaying
 
@@ -139,6 +140,7 @@ class Route:
         self._lock = threading.Lock()
         self._standby: _Standby | None = None
         self._closed = False
+        self._stay_until = 0.0
         self.draining = False
         self._at = 0
         self._link: Link | None = None
@@ -242,9 +244,28 @@ class Route:
         """Opens the session anew, where it is: what ``open_on`` asks for has changed."""
         self._move(None)
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the node is about to stop, and it is time to look for another."""
+        return self.draining and self.alternatives and time.monotonic() >= self._stay_until
+
     def leave(self) -> None:
-        """Goes to another node, of one's own accord."""
-        self._move(DrainingError("the node is about to stop"))
+        """Goes to another node, of one's own accord, if one takes the session; else stays for a while."""
+        started, before, old = time.monotonic(), self.node, self._here
+        for number in self._order(self._at)[:-1]:
+            try:
+                replayed = self._take(number)
+            except CheckpointError:
+                raise
+            except CloisterError as error:
+                _log.warning("%s does not take the session: %s", self._nodes[number].target, error)
+                continue
+            self._past += old.traffic
+            old.close()
+            took = time.monotonic() - started
+            self._tell(RouteNews(self._step, before, self.node, "the node is about to stop", took, replayed))
+            return
+        self._stay_until = time.monotonic() + _STAY_S
 
     def follow(self, snapshot: Snapshot) -> None:
         """Lets a second node wait at ``snapshot``, so that a move costs a replay at most. May run in another thread.

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Self
 
 import torch
-from torch import nn
 
 from client_side import randomness
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
@@ -19,10 +18,12 @@ from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
 from client_side.durability import Checkpoints, Run, holds_run
 from client_side.inference import evaluation_mode, infer
-from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
-from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
-from client_side.route import Route, RouteNews
-from client_side.sampling import SeededSampler
+from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
+from client_side.opening import DEFAULT_IDENTITY, owner_identity
+from client_side.owned import describe_run, owner_tensors, restore_owner
+from client_side.passes import Loader, Pass, refuse_persistent_workers
+from client_side.route import Route
+from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
 from wire.errors import CheckpointError, ConfigError
@@ -31,14 +32,13 @@ from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
 from wire.state import STATE_PREFIX, split_state
 
-__all__ = ["Loader", "Trainer", "addresses"]
+__all__ = ["Loader", "Trainer"]
 
 _log = logging.getLogger(__name__)
 
 _SETTLING: Final = 5  # attempts at the last checkpoint; each of them is on a node that was brought to the present
 
 _LINGER_S: Final = 30.0  # for the checkpoint that is being written when a trainer is closed
-Loader: TypeAlias = Iterable[Sequence[torch.Tensor]]
 
 
 class Trainer:
@@ -98,33 +98,41 @@ class Trainer:
         if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
             raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
         self.cut = cut
-        self._nodes = addresses(node)
-        if len(self._nodes) > 1 and checkpoints is None:
+        nodes = addresses(node)
+        if len(nodes) > 1 and checkpoints is None:
             raise ConfigError(
                 "several nodes: give checkpoints=cloister.Checkpoints(folder=…), from which they take over"
             )
-        if standby and len(self._nodes) == 1:
+        if standby and len(nodes) == 1:
             raise ConfigError("standby: needs a second node")
-        self._plan, self._standby = checkpoints, standby
+        self._plan = checkpoints
         self._run: Run | None = None
         self._route: Route | None = None
         self._owed = False
         self._optimizer = optimizer
         self._loss = loss if isinstance(loss, Loss) else Loss(loss)
         self._micro_batches, self._in_flight = micro_batches, in_flight or micro_batches
-        self._identity = owner_identity(identity)
-        self._seed, self._callbacks, self._reconnect_s = seed, list(callbacks), reconnect_s
+        self._seed, self._callbacks = seed, list(callbacks)
+        self._sessions = Sessions(
+            cut=cut,
+            nodes=nodes,
+            identity=owner_identity(identity),
+            optimizer=optimizer,
+            loss=self._loss,
+            seed=seed,
+            in_flight=self._in_flight,
+            reconnect_s=reconnect_s,
+            standby=standby,
+        )
         self._link: Link | Route | None = None
         self._runner: StepRunner | None = None
-        self._max_rows = 0
         self._closed = False
         self._past_traffic = Traffic(0, 0, 0)
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
         self._optimizers = [PartOptimizer(optimizer, dict(part.named_parameters())) for part in parts]
         self._sum, self._rows = 0.0, 0  # of the epoch at hand
-        self._begin: dict[str, torch.Tensor] = {}  # random generators at its beginning
-        self._over = False  # its loader has no more batches
+        self._pass = Pass()
         self.state = TrainState()
 
     def __enter__(self) -> Self:
@@ -226,7 +234,9 @@ class Trainer:
         state, started, late_s = self.state, time.perf_counter(), 0.0
         self._tell("on_epoch_begin", control)
         self._train_mode()
-        for *inputs, labels in self._batches(loader, resumed):
+        for *inputs, labels in self._pass.batches(
+            loader, state.epoch, done=state.batch, resumed=resumed, kept=self._run is not None
+        ):
             began = time.perf_counter()
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
@@ -256,7 +266,7 @@ class Trainer:
             if control.should_training_stop:
                 break
         else:
-            self._over = True
+            self._pass.over = True
         if not self._rows:
             raise ConfigError("the loader yielded no batch: is it empty, or drop_last=True with too large a batch?")
         if self._run is not None:
@@ -270,48 +280,13 @@ class Trainer:
         state.log_history.append({"epoch": float(state.epoch), "step": float(state.global_step), "loss": mean})
         self._tell("on_epoch_end", control, EpochEnd(state.epoch, mean, rows, time.perf_counter() - started))
 
-    def _batches(self, loader: Loader, resumed: Checkpoint | None) -> Iterator[Sequence[torch.Tensor]]:
-        """The epoch's batches; of an epoch that was interrupted, those that are left."""
-        for holder in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-            if callable(set_epoch := getattr(holder, "set_epoch", None)):  # as torch's DistributedSampler has it
-                set_epoch(self.state.epoch)
-        if resumed is not None:
-            randomness.restore(resumed.part("epoch/"), loader)
-        self._begin = randomness.capture(loader) if self._run is not None else {}
-        self._over = False
-        sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-        done = self.state.batch
-        if isinstance(sampler, SeededSampler) and isinstance(size, int):
-            sampler.start_at(done * size)
-            done = 0
-        iterator = iter(loader)
-        for number in range(done):
-            if next(iterator, None) is None:
-                raise CheckpointError(
-                    f"the loader ends after {number} batches, and the run had done {self.state.batch} of this epoch: "
-                    "it yields other data than before"
-                )
-        if resumed is None:
-            return iterator
-        if resumed.over and next(iterator, None) is not None:
-            raise CheckpointError(
-                f"the loader goes on after {self.state.batch} batches, and the run's epoch ended there: "
-                "it yields other data than before"
-            )
-        randomness.restore(resumed.part("now/"), loader)
-        return iter(()) if resumed.over else iterator
-
     def _durably(self, loader: Loader, *, resume: bool) -> Checkpoint | None:
         """Begins the run in its folder, or finds where it stood."""
         if self._plan is None:
             if resume:
                 raise ConfigError("resume: give checkpoints=cloister.Checkpoints(folder=…), where the run is kept")
             return None
-        if getattr(loader, "persistent_workers", False):  # the second epoch depends on what they drew in the first
-            raise ConfigError(
-                "the loader has persistent_workers=True, whose random generators cannot be restored: leave it out, and "
-                "each epoch's workers begin with a seed of their own"
-            )
+        refuse_persistent_workers(loader)
         if self._run is not None:
             return None
         if not resume and holds_run(self._plan.folder):
@@ -324,7 +299,7 @@ class Trainer:
         try:
             checkpoint = run.recover(self._what()) if resume else None
             if checkpoint is None:
-                self._begin = randomness.capture(loader)
+                self._pass.begin = randomness.capture(loader)
                 middle = {STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()}
                 run.begin(self._here(loader), middle)
             else:
@@ -339,47 +314,26 @@ class Trainer:
         return checkpoint
 
     def _what(self) -> dict[str, object]:
-        """What makes this run this one: a checkpoint of any other is refused."""
-        parts = {"front": self.cut.front} | ({} if self.cut.head is None else {"head": self.cut.head})
-        return {
-            "middle": self.cut.program.digest.hex(),
-            "topology": "vanilla" if self.cut.head is None else "U-shaped",
-            **{name: _shapes(part) for name, part in parts.items()},
-            "optimizer": str(self._optimizer),
-            "loss": str(self._loss),
-            "micro_batches": self._micro_batches,
-            "seed": self._seed,
-        }
+        return describe_run(self.cut, self._optimizer, self._loss, micro_batches=self._micro_batches, seed=self._seed)
 
     def _here(self, loader: Loader) -> Checkpoint:
         """The owner's part, as it stands now; its snapshot is yet to come."""
-        parts = {"front": self.cut.front} | ({} if self.cut.head is None else {"head": self.cut.head})
-        named = [(f"{part}/{name}", t) for part, module in parts.items() for name, t in module.state_dict().items()]
-        for number, optimizer in enumerate(self._optimizers):
-            named += [(f"optimizer/{number}/{key}", value) for key, value in optimizer.state().items()]
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named}
-        tensors |= {f"epoch/{name}": t for name, t in self._begin.items()}
-        tensors |= {f"now/{name}": t for name, t in randomness.capture(loader).items()}
         return Checkpoint(
             step=self.state.global_step,
             epoch=self.state.epoch,
             batch=self.state.batch,
-            over=self._over,
+            over=self._pass.over,
             loss_sum=self._sum,
             rows=self._rows,
             log_history=list(self.state.log_history),
             run=self._what(),
             snapshot=Snapshot(self.state.global_step, {}),
             store="",
-            tensors=tensors,
+            tensors=owner_tensors(self.cut, self._optimizers) | self._pass.tensors(loader),
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.cut.front.load_state_dict(checkpoint.part("front/"))
-        if self.cut.head is not None:
-            self.cut.head.load_state_dict(checkpoint.part("head/"))
-        for number, optimizer in enumerate(self._optimizers):
-            optimizer.restore(checkpoint.part(f"optimizer/{number}/"))
+        restore_owner(self.cut, self._optimizers, checkpoint)
         self.state.global_step, self.state.epoch, self.state.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         self.state.log_history[:] = checkpoint.log_history
         self._sum, self._rows = checkpoint.loss_sum, checkpoint.rows
@@ -391,7 +345,7 @@ class Trainer:
         run.check()
         self._owed |= self.state.global_step % self._plan.every == 0
         full = run.log.bytes > self._plan.log_bytes
-        leaving = route.draining and route.alternatives
+        leaving = route.leaving
         if full or leaving or (self._owed and not run.busy):
             self._checkpoint(loader)
         if leaving:
@@ -424,10 +378,10 @@ class Trainer:
 
     def _opened(self, rows: int) -> StepRunner:
         """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
-        if self._runner is None or rows > self._max_rows:
+        if self._runner is None or rows > self._sessions.max_rows:
             small = self._link
             if isinstance(small, Route):
-                self._max_rows = rows
+                self._sessions.max_rows = rows
                 small.reopen()
             else:
                 snapshot = None if small is None else small.snapshot(with_optimizer=True)[1]
@@ -442,8 +396,12 @@ class Trainer:
     def _open(self, rows: int, tensors: dict[str, torch.Tensor] | None = None) -> Link | Route:
         if self._closed:
             raise ConfigError("the trainer was closed; make a new one")
-        self._max_rows = max(rows, self._max_rows)
-        link = self._open_link(tensors) if self._run is None else self._open_route(self._run)
+        self._sessions.max_rows = max(rows, self._sessions.max_rows)
+        link: Link | Route
+        if self._run is None:
+            link = self._sessions.link(self.state.global_step, tensors)
+        else:
+            link = self._route = self._sessions.route(self._run)
         self._link = link
         self._runner = StepRunner(
             self.cut,
@@ -455,74 +413,6 @@ class Trainer:
             device=self._device,
         )
         return link
-
-    def _open_link(self, tensors: dict[str, torch.Tensor] | None) -> Link:
-        link = self._connect(self._nodes[0], self._reconnect_s, leave_silent=False)
-        try:
-            self._open_on(link, self.state.global_step, tensors, None)
-        except BaseException:
-            link.close(end_session=False)
-            raise
-        return link
-
-    def _open_route(self, run: Run) -> Route:
-        def open_on(link: Link, snapshot: Snapshot, tensors: dict[str, torch.Tensor] | None) -> None:
-            kept = snapshot.kept if tensors is None else None
-            self._open_on(
-                link,
-                snapshot.step,
-                tensors,
-                None if kept is None else (kept.sha256, kept.bytes),
-                replaces=run.journal.session_on(link.target),
-            )
-            run.journal.opened(link.target, link.session)
-
-        def tell(news: RouteNews) -> None:
-            _log.warning(
-                "training goes on at %s after %.1f s (%d frames replayed)", news.after, news.seconds, news.replayed
-            )
-            took = f"{news.seconds:.2f} s, {news.replayed} frames replayed"
-            run.journal.happened(news.step, "moved", f"from {news.before} to {news.after} in {took}: {news.why}")
-
-        self._route = Route(
-            self._nodes,
-            connect=self._connect,
-            open_on=open_on,
-            latest=lambda: run.latest.snapshot,
-            load=run.load,
-            log=run.log,
-            memo=run.memo,
-            reconnect_s=self._reconnect_s,
-            tell=tell,
-        )
-        if self._standby:
-            run.follow = self._route.follow
-        return self._route
-
-    def _connect(self, address: NodeAddress, reconnect_s: float, leave_silent: bool) -> Link:  # noqa: FBT001 - as in Route
-        return Link(address, self._identity, reconnect_s=reconnect_s, leave_silent=leave_silent)
-
-    def _open_on(
-        self,
-        link: Link,
-        step: int,
-        tensors: dict[str, torch.Tensor] | None,
-        kept: tuple[bytes, int] | None,
-        replaces: bytes = b"",
-    ) -> None:
-        open_session(
-            link,
-            self.cut,
-            optimizer=self._optimizer,
-            loss=self._loss,
-            seed=self._seed,
-            max_rows=self._max_rows,
-            max_in_flight=self._in_flight,
-            first_step=step,
-            tensors=tensors,
-            kept=kept,
-            replaces=replaces,
-        )
 
     def _train_mode(self) -> None:
         for part in (self.cut.front, self.cut.head):
@@ -538,31 +428,8 @@ class Trainer:
                 return
             batches = itertools.chain([first], rest)
             link = self._open(len(first[0]))
-        yield from infer(self.cut, link, batches, max_rows=self._max_rows, device=self._device)
+        yield from infer(self.cut, link, batches, max_rows=self._sessions.max_rows, device=self._device)
 
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:
             getattr(callback, event)(self.state, control, *details)
-
-
-def _shapes(part: nn.Module) -> dict[str, str]:
-    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {
-        name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}{' frozen' if name in frozen else ''}"
-        for name, t in part.state_dict().items()
-    }
-
-
-def addresses(node: str | NodeAddress | Sequence[str | NodeAddress]) -> list[NodeAddress]:
-    """Each of the nodes that ``node`` names, in order.
-
-    Raises:
-        ConfigError: none, one twice, or one without a pin.
-    """
-    named: list[str | NodeAddress] = []
-    for each in [node] if isinstance(node, str | NodeAddress) else node:
-        named += [each] if isinstance(each, NodeAddress) else [part for part in each.split(",") if part.strip()]
-    found = [each if isinstance(each, NodeAddress) else NodeAddress.parse(each.strip()) for each in named]
-    if not found or len({each.target for each in found}) != len(found):
-        raise ConfigError(f"node {node!r}: name one, or several different ones")
-    return found

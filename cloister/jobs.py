@@ -16,9 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from client_side.durability import Checkpoints
-from client_side.link import RECONNECT_S, NodeAddress
+from client_side.link import RECONNECT_S, NodeAddress, addresses
 from client_side.opening import DEFAULT_IDENTITY
-from client_side.trainer import addresses
 from wire.errors import ConfigError, SpecRejectedError
 from wire.recipe import SGD, Adam, AdamW, DecayName, Loss, LossName, Optimizer, Schedule
 

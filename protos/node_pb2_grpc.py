@@ -98,7 +98,8 @@ class NodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Snapshot(self, request, context):
-        """The session's state at a step boundary: the header first, then safetensors bytes.
+        """The session's state at a step boundary: the header as soon as a copy is taken, from when on the session may train
+        on; then what it contains, then safetensors bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

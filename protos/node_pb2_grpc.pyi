@@ -34,7 +34,9 @@ class NodeStub:
     Infer: grpc.StreamStreamMultiCallable[protos.node_pb2.InferRequest, protos.node_pb2.InferResponse]
     """The evaluation stream: the attachment first, then batches; one answer for each batch, in order."""
     Snapshot: grpc.UnaryStreamMultiCallable[protos.node_pb2.SnapshotRequest, protos.node_pb2.SnapshotResponse]
-    """The session's state at a step boundary: the header first, then safetensors bytes."""
+    """The session's state at a step boundary: the header as soon as a copy is taken, from when on the session may train
+    on; then what it contains, then safetensors bytes.
+    """
     CloseSession: grpc.UnaryUnaryMultiCallable[protos.node_pb2.CloseSessionRequest, protos.node_pb2.CloseSessionResponse]
 
 @typing.type_check_only
@@ -49,7 +51,9 @@ class NodeAsyncStub(NodeStub):
     Infer: grpc.aio.StreamStreamMultiCallable[protos.node_pb2.InferRequest, protos.node_pb2.InferResponse]  # type: ignore[assignment]
     """The evaluation stream: the attachment first, then batches; one answer for each batch, in order."""
     Snapshot: grpc.aio.UnaryStreamMultiCallable[protos.node_pb2.SnapshotRequest, protos.node_pb2.SnapshotResponse]  # type: ignore[assignment]
-    """The session's state at a step boundary: the header first, then safetensors bytes."""
+    """The session's state at a step boundary: the header as soon as a copy is taken, from when on the session may train
+    on; then what it contains, then safetensors bytes.
+    """
     CloseSession: grpc.aio.UnaryUnaryMultiCallable[protos.node_pb2.CloseSessionRequest, protos.node_pb2.CloseSessionResponse]  # type: ignore[assignment]
 
 class NodeServicer(metaclass=abc.ABCMeta):
@@ -91,7 +95,9 @@ class NodeServicer(metaclass=abc.ABCMeta):
         request: protos.node_pb2.SnapshotRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[protos.node_pb2.SnapshotResponse], collections.abc.AsyncIterator[protos.node_pb2.SnapshotResponse]]:
-        """The session's state at a step boundary: the header first, then safetensors bytes."""
+        """The session's state at a step boundary: the header as soon as a copy is taken, from when on the session may train
+        on; then what it contains, then safetensors bytes.
+        """
 
     @abc.abstractmethod
     def CloseSession(
