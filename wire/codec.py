@@ -36,6 +36,7 @@ __all__ = [
     "is_absent",
     "owned",
     "payload_bytes",
+    "raw_bytes",
 ]
 
 if sys.byteorder != "little":
@@ -120,9 +121,15 @@ def _fill_header(message: tensor_pb2.Tensor, tensor: torch.Tensor) -> memoryview
     message.dtype = _NUMBERS[dtype]  # type: ignore[assignment]  # as above
     message.codec = tensor_pb2.CODEC_RAW
     message.shape.extend(tensor.shape)
-    if not tensor.numel():
-        return memoryview(b"")
-    data: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw_bytes(tensor)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of ``tensor`` one after another in C order, little-endian; its own memory, if that is such."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    if plain.numel() == 1:  # contiguous whatever its stride, but seen as bytes only with a stride of 1
+        plain = plain.clone(memory_format=torch.contiguous_format)
+    data: memoryview = plain.view(torch.uint8).numpy().data if plain.numel() else memoryview(b"")
     return data
 
 

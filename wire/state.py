@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from wire.codec import raw_bytes
 from wire.errors import StateRejectedError
 
 __all__ = [
@@ -71,11 +72,9 @@ def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """32 bytes: SHA-256 over dtype, shape and little-endian content, as ``TensorDigest`` in the wire contract says."""
-    plain = tensor.detach().to("cpu").contiguous()
-    shape = ",".join(map(str, plain.shape))
-    digest = hashlib.sha256(f"{str(plain.dtype).removeprefix('torch.')}|{shape}|".encode())
-    if plain.numel():
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    shape = ",".join(map(str, tensor.shape))
+    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|".encode())
+    digest.update(raw_bytes(tensor))
     return digest.digest()
 
 
