@@ -40,14 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     names = list(_BENCHMARKS) if options.what == "all" else [options.what]
-    chapters = [_BENCHMARKS[name][1 if options.quick else 0]() for name in names]
-    took_s = time.monotonic() - started
     command = _command(options.what, quick=options.quick)
-    text = as_markdown(chapters, command, took_s)
-    print(as_json(chapters, command, took_s) if options.format == "json" else text)  # noqa: T201 -- results go to stdout
-    if options.write:
-        RESULTS.write_text(text, encoding="utf-8")
-        tell(f"wrote {RESULTS}")
+    chapters: list[Chapter] = []
+    for name in names:
+        chapters.append(_BENCHMARKS[name][1 if options.quick else 0]())
+        if options.write:  # after each: what is measured stays measured
+            RESULTS.write_text(as_markdown(chapters, command, time.monotonic() - started), encoding="utf-8")
+            tell(f"wrote {RESULTS}")
+    took_s = time.monotonic() - started
+    shown = as_json if options.format == "json" else as_markdown
+    print(shown(chapters, command, took_s))  # noqa: T201 -- results go to stdout
     return 0
 
 

@@ -143,12 +143,11 @@ class _Owner:
     def ended(self) -> int:
         code = self.process.wait(PATIENCE_S)
         self._reader.join()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
         return code
 
     def _read(self, stderr: IO[str]) -> None:
-        self.lines += stderr
+        with stderr:
+            self.lines += stderr
 
 
 @dataclass(slots=True)
