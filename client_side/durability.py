@@ -296,7 +296,7 @@ class Run:
         if self.follow is not None and (self._follower is None or not self._follower.is_alive()):
             # In its own time: a second node that hangs must not hold up checkpoints.
             self._follower = threading.Thread(
-                target=self._stand_by, args=(self.follow, checkpoint.snapshot), name="cloister-standby", daemon=True
+                target=self._stand_by, args=(self.follow,), name="cloister-standby", daemon=True
             )
             self._follower.start()
         self.log.drop(checkpoint.step)
@@ -313,12 +313,17 @@ class Run:
         )
         self.journal.checkpointed(entry, kept)
 
-    @staticmethod
-    def _stand_by(follow: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
-        try:
-            follow(snapshot)
-        except CloisterError as error:
-            _log.warning("nobody stands by: %s", error)
+    def _stand_by(self, follow: Callable[[Snapshot], None]) -> None:
+        """Until the second node is where the newest checkpoint is; from an older one nothing could be replayed."""
+        at = -1
+        while at != self.latest.step:
+            snapshot = self.latest.snapshot
+            try:
+                follow(snapshot)
+            except CloisterError as error:
+                _log.warning("nobody stands by: %s", error)
+                return
+            at = snapshot.step
 
     def _prune(self) -> list[int]:
         """Removes all but the newest checkpoints, and what only they needed; returns the steps that stay."""

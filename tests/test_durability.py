@@ -741,7 +741,9 @@ def test_T14_the_node_that_stands_by_takes_over_without_an_upload(
 
     def kill(step: int) -> None:
         if step == 11:
-            runs[0].wait()  # whoever stands by, stands
+            runs[0].wait()
+            assert runs[0]._follower
+            runs[0]._follower.join()  # whoever stands by, stands
             assert opened_at[1:]
             opened_at.clear()
             b.kill()
