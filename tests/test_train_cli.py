@@ -150,7 +150,7 @@ def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Ru
     assert result["test_accuracy"] > 0.9
     assert json.loads((trained.folder / "result.json").read_text()) == result
     names = {path.name for path in trained.folder.iterdir()}
-    assert names == {"model.safetensors", "job.json", "metrics.jsonl", "result.json"}
+    assert names == {"model.safetensors", "job.json", "metrics.jsonl", "result.json", "state"}
 
 
 def test_the_model_equals_unsplit_training_to_the_bit(trained: Run) -> None:
@@ -208,9 +208,8 @@ def test_a_folder_that_holds_a_run_is_only_overwritten_by_force_and_the_same_job
     forced = inside(*training(node, old, "--force"))
 
     assert refused.returncode == ExitCode.CONFIG
-    assert (
-        f"{old} holds a run already (result.json, model.safetensors): give --out FOLDER, or --force" in refused.stderr
-    )
+    assert f"{old} holds a run already (result.json, model.safetensors)" in refused.stderr
+    assert f"`cloister train --resume {old}`, or give --out FOLDER, or --force" in refused.stderr
     assert kept == "precious"
     assert forced.returncode == 0, forced.stderr
     assert trained.result["model_sha256"] in forced.stdout
@@ -326,8 +325,9 @@ def test_one_interrupt_finishes_the_step_and_saves_the_model_so_far(
     assert result["interrupted"] is True
     assert result["steps"] == len(metrics(folder))
     assert result["test_loss"] is None
-    assert "finishing this step, then saving what is trained" in err
-    assert f"stopped after step {result['steps']}: the model so far is in {folder / 'model.safetensors'}" in err
+    assert "finishing this step, then writing a checkpoint" in err
+    assert f"stopped after step {result['steps']}; go on with `cloister train --resume {folder}`" in err
+    assert f"The model so far is in {folder / 'model.safetensors'}" in err
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == result["model_sha256"]
 
 
