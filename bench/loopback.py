@@ -58,7 +58,7 @@ class Plan:
 FULL: Final = Plan(
     subjects=(RESNET18, ECG_CNN, TRANSFORMER),
     threads=(1, 2),
-    in_flight=((1, 1), (4, 4)),
+    in_flight=((1, 1), (2, 2), (4, 1), (4, 4)),
     closer=3,
     sweep=1,
     block_s=0.15,
