@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import safetensors
 import safetensors.torch
 import torch
 
 from client_side.disk import disk_errors, write_whole
 from client_side.snapshots import Snapshot
-from wire.errors import CheckpointError
-from wire.state import sha256
+from wire.errors import CheckpointError, StateRejectedError
+from wire.state import load_state, sha256
 
 __all__ = [
     "CHECKPOINT_VERSION",
@@ -112,7 +111,7 @@ class CheckpointFile:
             CheckpointError: written by another version, or by something else.
         """
         try:
-            tensors = safetensors.torch.load(data)
+            tensors = load_state(data)
             fields = json.loads(_metadata(data)["cloister"])
             version = fields["version"]
             if version != CHECKPOINT_VERSION:
@@ -133,7 +132,7 @@ class CheckpointFile:
                 store=str(fields["store"]),
                 tensors=tensors,
             )
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (StateRejectedError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is no checkpoint of ours ({type(error).__name__}: {error})") from error
 
     def remove(self) -> None:

@@ -116,7 +116,7 @@ class RemoteMiddle(nn.Module):
         """The node's optimizer takes one step with the gradients gathered since the last.
 
         Raises:
-            ConfigError: a forward had no backward; evaluate in ``eval()`` mode or under ``torch.no_grad``.
+            ConfigError: a forward had no backward; evaluate in evaluation mode or under ``torch.no_grad``.
         """
         if self._forwards != self._backwards:
             waiting = self._forwards - self._backwards

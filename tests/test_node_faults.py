@@ -188,7 +188,7 @@ def small_disk(folder: Path) -> Iterator[None]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system here")
+        pytest.skip("only root can mount a small file system: run this test as root")
     try:
         yield
     finally:

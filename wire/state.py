@@ -43,6 +43,7 @@ def load_state(data: bytes) -> dict[str, torch.Tensor]:
         StateRejectedError: not safetensors, or a boolean that is neither 0 nor 1.
     """
     try:
+        # A JSON header of bounded length and raw bytes: unlike torch's own files, nothing in them can run.
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise StateRejectedError("the state's bytes are not safetensors") from error
