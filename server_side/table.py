@@ -14,32 +14,26 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
-import os
-import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import sqlalchemy as sa
-from alembic.util import CommandError
-from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from server_side.migrations import migrate
-from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
+from server_side.migrations import SCHEMA
+from wire.database import Utc, cause, open_database, shown_url
+from wire.errors import SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
 
 __all__ = ["RETENTION", "OwnerUsage", "SessionRow", "SessionState", "SessionTable"]
 
 RETENTION: Final = timedelta(days=30)  # longer than an owner's restored backup is old; 30,000 sessions take 21 MB
 
-_WAIT_S: Final = 10  # for a lock or a connection; a commit takes milliseconds, so whoever holds one longer hangs
 _ID_BYTES: Final = 16
 _DIGEST_BYTES: Final = 32
 _LARGEST: Final = 2**62  # half of what both databases hold: steps that start here never count past the end
-_MIGRATION_LOCK: Final = 0x636C6F6973746572  # "cloister", among the advisory locks of a shared PostgreSQL
 
 _log = logging.getLogger(__name__)
 
@@ -93,26 +87,6 @@ class OwnerUsage:
     parameters: int = 0
 
 
-class _Utc(sa.TypeDecorator[datetime]):
-    """A time with its zone, also in SQLite, which stores none."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a time without its zone")
-        utc = value.astimezone(UTC)
-        return utc.replace(tzinfo=None) if dialect.name == "sqlite" else utc
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
-
-
 # The constraints stand in the migration, which is what makes the table.
 _SESSIONS: Final = sa.Table(
     "node_sessions",
@@ -126,9 +100,9 @@ _SESSIONS: Final = sa.Table(
     sa.Column("next_step", sa.BigInteger, nullable=False),
     sa.Column("reserved_bytes", sa.BigInteger, nullable=False),
     sa.Column("parameters", sa.BigInteger, nullable=False),
-    sa.Column("opened_at", _Utc, nullable=False),
-    sa.Column("last_used_at", _Utc, nullable=False),
-    sa.Column("ended_at", _Utc, nullable=True),
+    sa.Column("opened_at", Utc, nullable=False),
+    sa.Column("last_used_at", Utc, nullable=False),
+    sa.Column("ended_at", Utc, nullable=True),
     sa.Index("node_sessions_by_node", "node", "state"),
     sa.Index("node_sessions_by_owner", "owner", "state"),
     sa.Index("node_sessions_by_end", "ended_at"),
@@ -151,17 +125,9 @@ class SessionTable:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
-        self._name = _shown(self._engine.url)
+        self._engine = open_database(url, SCHEMA)
+        self._name = shown_url(self._engine.url)
         self._closed = False
-        try:
-            with self._engine.begin() as connection:
-                if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE is a lock already
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-                migrate(connection)
-        except (SQLAlchemyError, CommandError, OSError, StorageError) as error:
-            self.close()
-            raise StorageError(f"session table {self._name}: {_cause(error)}") from error
 
     def open(self, row: SessionRow) -> None:
         """Writes a new session down; its id is spent from then on.
@@ -261,101 +227,10 @@ class SessionTable:
             with self._engine.begin() as connection:
                 yield connection
         except (SQLAlchemyError, OSError) as error:
-            _log.error("session table %s: %s failed: %s", self._name, doing, _cause(error))
+            _log.error("session table %s: %s failed: %s", self._name, doing, cause(error))
             raise StorageError("the node's session table fails; try again later or take another node") from error
 
 
 def _row(found: sa.Row[Any]) -> SessionRow:
     values = dict(found._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
     return SessionRow(**values | {"state": SessionState(values["state"])})
-
-
-def _cause(error: Exception) -> str:
-    """The driver's own first line; PostgreSQL goes on with the statement and the row."""
-    text = str(error.orig if isinstance(error, DBAPIError) else error)
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _shown(url: sa.URL) -> str:
-    """The URL without its password, which may also stand among the parameters."""
-    return url.set(query={"host": url.query["host"]} if "host" in url.query else {}).render_as_string()
-
-
-def _engine(url: str) -> sa.Engine:
-    try:
-        parsed = sa.make_url(url)
-    except (ArgumentError, ValueError):  # a port that is no number
-        parsed = None
-    try:
-        if parsed is not None and parsed.drivername in {"sqlite", "sqlite+pysqlite"}:
-            return _sqlite(parsed)
-        if parsed is not None and parsed.drivername == "postgresql+psycopg":
-            return _postgresql(parsed)
-    except (ImportError, NoSuchModuleError) as error:
-        raise ConfigError("PostgreSQL needs its driver: pip install 'cloister[postgres]'") from error
-    raise ConfigError(  # the URL is not repeated: it may hold a password
-        "the session table's URL must read sqlite:////path/to/file.sqlite or postgresql+psycopg://user@host/database"
-    ) from None
-
-
-def _sqlite(url: sa.URL) -> sa.Engine:
-    path = url.database
-    if not path or path == ":memory:" or url.query:
-        raise ConfigError(
-            "the session table must outlive the process; name a file alone: sqlite:////path/to/file.sqlite"
-        )
-    try:
-        # It says who trains here and when: for the operator's eyes only. SQLite's side files take over the mode.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise StorageError(f"session table {_shown(url)}: {error.strerror}; make its folder writable") from error
-    # One connection: threads then wait for each other in turn, not in SQLite's sleeps. Transactions are begun below.
-    engine = sa.create_engine(
-        url,
-        hide_parameters=True,
-        pool_size=1,
-        max_overflow=0,
-        pool_timeout=_WAIT_S,
-        connect_args={"timeout": _WAIT_S, "isolation_level": None},
-    )
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    deadline = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            break
-        except sqlite3.OperationalError as error:
-            # A new file that two processes switch to WAL at once: SQLite gives up here without waiting.
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-    if mode != "wal":
-        raise StorageError("this file system has no shared memory for SQLite's WAL; use a local disk or PostgreSQL")
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")  # a transaction that turns from reader to writer may not wait
-
-
-def _postgresql(url: sa.URL) -> sa.Engine:
-    ours = {
-        "connect_timeout": _WAIT_S,
-        "tcp_user_timeout": _WAIT_S * 1000,
-        "options": f"-c statement_timeout={_WAIT_S * 1000}",
-    }
-    return sa.create_engine(
-        url,
-        hide_parameters=True,
-        pool_pre_ping=True,  # a database that was restarted is found again
-        pool_timeout=_WAIT_S,
-        connect_args={name: value for name, value in ours.items() if name not in url.query},
-    )

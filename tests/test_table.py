@@ -26,8 +26,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from server_side import table as table_module
-from server_side.migrations import VERSION_TABLE
+from server_side.migrations import SCHEMA
 from server_side.table import RETENTION, OwnerUsage, SessionRow, SessionState, SessionTable
+from wire import database as database_module
 from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
 
 ROOT: Final = Path(__file__).parent.parent
@@ -391,7 +392,8 @@ def test_the_migrated_schema_is_the_one_that_the_code_uses(table: SessionTable, 
     assert table.find(bytes(16)) is None
     engine = sa.create_engine(url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
+        options = {"version_table": SCHEMA.version_table, "compare_type": True}
+        context = MigrationContext.configure(connection, opts=options)
         difference = compare_metadata(context, table_module._SESSIONS.metadata)
     engine.dispose()
 
@@ -402,7 +404,7 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> No
     written = row()
     with contextlib.closing(SessionTable(url)) as table:
         table.open(written)
-    execute(url, f"UPDATE {VERSION_TABLE} SET version_num = '9999'")  # noqa: S608 - our own words
+    execute(url, f"UPDATE {SCHEMA.version_table} SET version_num = '9999'")  # noqa: S608 - our own words
 
     with pytest.raises(
         StorageError,
@@ -410,7 +412,7 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(url: str) -> No
     ):
         SessionTable(url)
 
-    execute(url, f"UPDATE {VERSION_TABLE} SET version_num = '0001'")  # noqa: S608 - our own words
+    execute(url, f"UPDATE {SCHEMA.version_table} SET version_num = '0001'")  # noqa: S608 - our own words
     with contextlib.closing(SessionTable(url)) as table:
         assert table.find(written.session_id) == written
 
@@ -568,7 +570,7 @@ def test_a_failing_database_tells_the_operator_why_and_the_peer_only_what_to_do(
 
 
 def test_a_lock_that_is_never_given_back_becomes_a_storage_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_module, "_WAIT_S", 1)
+    monkeypatch.setattr(database_module, "_WAIT_S", 1)
     written, held = row(), Barrier(2, timeout=20)  # should the table wait for ever, the lock is given back
     lock = "BEGIN IMMEDIATE" if url.startswith("sqlite") else "LOCK TABLE node_sessions"
     with contextlib.closing(SessionTable(url)) as table, ThreadPoolExecutor(1) as pool:

@@ -1,0 +1,1 @@
+"""The surroundings in which every part's schema revisions run."""
