@@ -25,6 +25,7 @@ from client_side.frames import FrameLog
 from client_side.route import Route
 from client_side.spawn import LocalNode
 from client_side.trainer import Trainer
+from privacy.policy import CLEAR
 
 __all__ = ["FULL", "QUICK", "Plan", "durability"]
 
@@ -142,7 +143,7 @@ class _Steps(Trainer):
 
 def _trainer(subject: Subject, local: LocalNode, **options: Any) -> Trainer:  # noqa: ANN401 - the trainer's own
     settings: dict[str, Any] = {"node": local.address, "identity": local.owner, **options}
-    return _Steps(subject.cut("u_shape"), optimizer=OPTIMIZER, loss=LOSS, **settings)
+    return _Steps(subject.cut("u_shape"), policy=CLEAR, optimizer=OPTIMIZER, loss=LOSS, **settings)
 
 
 def _cost(subject: Subject, node: LocalNode, folder: Path, rounds: int, every: int) -> tuple[tuple[str, ...], Finding]:

@@ -15,6 +15,7 @@ from client_side.link import NodeAddress, Traffic
 from client_side.spawn import LocalNode
 from client_side.trainer import Trainer
 from client_side.unsplit import UnsplitTrainer
+from privacy.policy import CLEAR
 
 __all__ = ["SplitRun", "addressed", "topology_name", "unsplit"]
 
@@ -59,6 +60,7 @@ class SplitRun:
         self.steps = 0
         self.trainer = _Steps(
             cut,
+            policy=CLEAR,
             node=address or node.address,
             optimizer=OPTIMIZER,
             loss=LOSS,

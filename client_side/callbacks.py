@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from client_side.link import Traffic
+from privacy.accounting import PrivacySpent
 
 __all__ = ["Callback", "Control", "EpochEnd", "Evaluation", "StepEnd", "TrainState"]
 
@@ -20,6 +21,7 @@ class TrainState:
         global_step: steps finished.
         steps_per_epoch: where the loader tells.
         log_history: one entry an epoch: ``epoch``, ``step``, ``loss``.
+        spent: on the data set, by all runs; ``None`` where nothing is accounted.
     """
 
     epoch: int = 0
@@ -28,6 +30,7 @@ class TrainState:
     steps_per_epoch: int | None = None
     batch: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
+    spent: PrivacySpent | None = None
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ import torch
 
 from client_side.disk import disk_errors, write_whole
 from client_side.snapshots import Snapshot
+from privacy.ledger import Position
 from wire.errors import CheckpointError, StateRejectedError
 from wire.state import load_state, sha256
 
@@ -35,7 +36,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINT_VERSION: Final = 1
+CHECKPOINT_VERSION: Final = 2
 _NAME: Final = re.compile(r"step-(\d{12})\.([0-9a-f]{64})\.safetensors")
 
 
@@ -54,6 +55,7 @@ class Checkpoint:
         run: what makes it this run and no other, as plain data by names that people read.
         snapshot: the middle at the same step.
         store: the URL that holds it; empty for the run's own folder, wherever that has been carried.
+        ledger: the privacy ledger's position: it must hold that entry when the run is resumed.
         tensors: ``front/…``, ``head/…``, ``optimizer/0/…``, ``now/…`` and ``epoch/…`` (random generators).
     """
 
@@ -67,6 +69,7 @@ class Checkpoint:
     run: Mapping[str, Any]
     snapshot: Snapshot
     store: str
+    ledger: Position | None
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -130,6 +133,7 @@ class CheckpointFile:
                 run=dict(fields["run"]),
                 snapshot=Snapshot.from_json(fields["snapshot"]),
                 store=str(fields["store"]),
+                ledger=_position(fields["ledger"]),
                 tensors=tensors,
             )
         except (StateRejectedError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,6 +167,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointFile:
         "run": checkpoint.run,
         "snapshot": checkpoint.snapshot.to_json(),
         "store": checkpoint.store,
+        "ledger": checkpoint.ledger
+        and {
+            "number": checkpoint.ledger.number,
+            "digest": checkpoint.ledger.digest.hex(),
+        },
     }
     data = safetensors.torch.save(dict(checkpoint.tensors), {"cloister": json.dumps(fields)})
     digest = sha256(data)
@@ -214,6 +223,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 def _short(value: object) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:60]}…"  # noqa: PLR2004 - a line's share
+
+
+def _position(told: Any) -> Position | None:  # noqa: ANN401 - as JSON gives it
+    return None if told is None else Position(int(told["number"]), bytes.fromhex(told["digest"]))
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from client_side.disk import disk_errors
+from privacy.guard import Released
 from protos import node_pb2
 from wire.codec import MAX_TENSOR_BYTES, encode_parts
 from wire.errors import CheckpointError
@@ -60,25 +59,30 @@ def encode_frame(
     step: int,
     micro_batch: int,
     phase: node_pb2.Phase.ValueType,
-    tensors: Sequence[torch.Tensor | None] = (),
-    labels: torch.Tensor | None = None,
+    tensors: Sequence[Released | None] = (),
+    labels: Released | None = None,
+    rows: Released | None = None,
     loss_weight: float = 0.0,
     update: bool = False,
 ) -> SentFrame:
     """A frame. ``None`` among output gradients says that there is none, not even zeros.
 
+    ``rows`` are indices of a table that the session keeps, in place of tensors and labels.
+
     Raises:
         TensorRejectedError: a tensor whose dtype does not travel.
     """
     frame = node_pb2.Frame(step=step, micro_batch=micro_batch, phase=phase, update=update, loss_weight=loss_weight)
+    if rows is not None:
+        frame.rows.extend(rows.tensor.tolist())
     parts: list[bytes | memoryview] = [frame.SerializeToString()]
-    sent = 0
-    for tensor in tensors:
+    sent = sum(len(part) for part in parts) if rows is not None else 0
+    for tensor in (None if released is None else released.tensor for released in tensors):
         parts += delimited(node_pb2.Frame.TENSORS_FIELD_NUMBER, () if tensor is None else encode_parts(tensor))
         sent += 0 if tensor is None else tensor.nbytes
     if labels is not None:
-        parts += delimited(node_pb2.Frame.LABELS_FIELD_NUMBER, encode_parts(labels))
-        sent += labels.nbytes
+        parts += delimited(node_pb2.Frame.LABELS_FIELD_NUMBER, encode_parts(labels.tensor))
+        sent += labels.tensor.nbytes
     data = b"".join(delimited(node_pb2.TrainRequest.FRAME_FIELD_NUMBER, parts))
     return SentFrame(step, micro_batch, phase, update, data, sent)
 

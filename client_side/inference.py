@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.route import SessionLink
 from client_side.steps import Batch, rows_of
+from privacy.guard import Guard, Released
 
 __all__ = ["evaluation_mode", "infer"]
 
@@ -42,7 +43,7 @@ def evaluation_mode(cut: Cut) -> Iterator[None]:
 
 
 def infer(
-    cut: Cut, link: SessionLink, batches: Iterable[Batch], *, max_rows: int, device: torch.device
+    cut: Cut, link: SessionLink, guard: Guard, batches: Iterable[Batch], *, max_rows: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
     """The model's output for each of ``batches``, in order; several are under way at a time.
 
@@ -52,7 +53,7 @@ def infer(
     sent: deque[_Sent] = deque()
     answers = Answers(cut.program, device)
 
-    def smashed() -> Iterator[Batch]:
+    def smashed() -> Iterator[Sequence[Released]]:
         for inputs in batches:
             rows = len(inputs[0])
             count = -(-rows // max_rows)
@@ -60,7 +61,7 @@ def infer(
             for number, part in enumerate(slices):
                 up, kept = cut.split_outputs(cut.front(*(x.to(device) for x in part)))
                 sent.append(_Sent(kept, len(part[0]), ends_batch=number == len(slices) - 1))
-                yield up
+                yield guard.inference(up)
 
     gathered: list[torch.Tensor] = []
     for answer in link.infer(smashed()):

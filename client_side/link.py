@@ -17,6 +17,7 @@ import torch
 from client_side.frames import SentFrame
 from client_side.stream import Stream, patiently
 from client_side.stub import NodeStub
+from privacy.guard import Released
 from protos import node_pb2, tensor_pb2
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
@@ -31,7 +32,7 @@ from wire.errors import (
 )
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
-from wire.state import chunks, dump_state, gather, load_state, sha256
+from wire.state import chunks, dump_state, gather, load_state, rows_of, sha256
 
 __all__ = ["RECONNECT_S", "Answer", "Incoming", "Link", "NodeAddress", "SessionRequest", "Traffic", "addresses"]
 
@@ -106,7 +107,7 @@ class SessionRequest:
 
     program: bytes
     program_digest: bytes
-    tensors: dict[str, torch.Tensor] = field(repr=False)
+    tensors: dict[str, Released] = field(repr=False)
     topology: node_pb2.Topology.ValueType
     loss: Loss | None
     optimizer: Optimizer
@@ -321,7 +322,8 @@ class Link:
             UnreachableError: the node cannot be reached.
         """
         kept = request.kept
-        state = b"" if kept is not None else dump_state(request.tensors)
+        tensors = {name: released.tensor for name, released in request.tensors.items()}
+        state = b"" if kept is not None else dump_state(tensors)
         # The tensors, three of the optimizer's for each, and their names.
         self._most_state = 4 * (len(state) if kept is None else kept[1]) + _STATE_HEADERS
         self._session = secrets.token_bytes(16)
@@ -342,6 +344,7 @@ class Link:
             want_input_gradients=request.want_input_gradients,
             first_step=request.first_step,
             replaces=request.replaces,
+            rows_bytes=sum(tensor.nbytes for tensor in rows_of(tensors).values()),
         )
 
         def parts() -> Iterator[node_pb2.OpenSessionRequest]:
@@ -384,7 +387,7 @@ class Link:
             response.draining,
         )
 
-    def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor | None]]:
+    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
         """The middle's outputs in evaluation mode for each of ``batches``, in order."""
         stream = Stream(
             self._channel,
@@ -395,7 +398,7 @@ class Link:
         )
         try:
             for index, batch in enumerate(batches):
-                tensors = [encode(t) for t in batch]
+                tensors = [encode(released.tensor) for released in batch]
                 self._up += payload_bytes(tensors)
                 stream.send(node_pb2.InferRequest(batch=node_pb2.Batch(index=index, tensors=tensors)))
                 if len(stream) >= _INFER_AHEAD:

@@ -9,13 +9,14 @@ import torch
 
 from client_side.cutting import Cut
 from client_side.link import Link, SessionRequest
+from privacy.guard import Guard
 from protos import node_pb2
 from wire.errors import IdentityError
 from wire.identity import Identity, load_identity
 from wire.recipe import Loss, Optimizer, stream_seed
-from wire.state import STATE_PREFIX
+from wire.state import ROWS_PREFIX, STATE_PREFIX
 
-__all__ = ["DEFAULT_IDENTITY", "open_session", "owner_identity"]
+__all__ = ["DEFAULT_IDENTITY", "initial_state", "open_session", "owner_identity"]
 
 DEFAULT_IDENTITY: Final = Path("~/.config/cloister/owner")
 
@@ -32,9 +33,16 @@ def owner_identity(identity: Identity | Path | str) -> Identity:
     return own
 
 
+def initial_state(cut: Cut, guard: Guard) -> dict[str, torch.Tensor]:
+    """What a session begins with: the middle's tensors as they are, and the table that was released, if any."""
+    state = {STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()}
+    return state | {ROWS_PREFIX + name: tensor for name, tensor in guard.kept_rows().items()}
+
+
 def open_session(
     link: Link,
     cut: Cut,
+    guard: Guard,
     *,
     optimizer: Optimizer,
     loss: Loss,
@@ -55,7 +63,7 @@ def open_session(
         SessionRequest(
             program=cut.captured.data,
             program_digest=cut.program.digest,
-            tensors=tensors or {STATE_PREFIX + name: tensor for name, tensor in cut.middle_state().items()},
+            tensors=guard.weights(tensors or initial_state(cut, guard)),
             topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
             loss=loss if cut.head is None else None,
             optimizer=optimizer,

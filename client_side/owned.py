@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,16 @@ from torch import nn
 
 from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
+from privacy.policy import Policy
 from wire.optimizers import PartOptimizer
 from wire.recipe import Loss, Optimizer
 
 __all__ = ["describe_run", "owner_tensors", "restore_owner"]
 
 
-def describe_run(cut: Cut, optimizer: Optimizer, loss: Loss, *, micro_batches: int, seed: int) -> dict[str, object]:
+def describe_run(
+    cut: Cut, optimizer: Optimizer, loss: Loss, policy: Policy, *, micro_batches: int, seed: int
+) -> dict[str, object]:
     """What makes a run this one, by names that people read: a checkpoint of any other is refused."""
     return {
         "middle": cut.program.digest.hex(),
@@ -23,6 +27,7 @@ def describe_run(cut: Cut, optimizer: Optimizer, loss: Loss, *, micro_batches: i
         **{name: _shapes(part) for name, part in _parts(cut).items()},
         "optimizer": str(optimizer),
         "loss": str(loss),
+        "privacy": json.dumps(policy.to_json(), sort_keys=True),
         "micro_batches": micro_batches,
         "seed": seed,
     }

@@ -26,6 +26,8 @@ from client_side.cutting import Cut
 from client_side.frames import encode_frame
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
+from privacy.guard import Guard
+from privacy.policy import CLEAR, Policy
 from protos import node_pb2
 from wire.errors import ConfigError
 from wire.identity import Identity
@@ -47,6 +49,7 @@ class RemoteMiddle(nn.Module):
         cut: Cut,
         *,
         node: str | NodeAddress,
+        policy: Policy,
         optimizer: Optimizer,
         max_rows: int,
         max_in_flight: int = 8,
@@ -59,6 +62,8 @@ class RemoteMiddle(nn.Module):
         Args:
             cut: with a head: the loss is yours.
             node: ``host:port#sha256:…``, or a :class:`NodeAddress`.
+            policy: ``cloister.CLEAR``. A loop of one's own decides what it sends and how often, so no other policy
+                could be accounted for: use :class:`Trainer` for those.
             optimizer: what the node trains the middle with.
             max_rows: the largest batch that :meth:`forward` will be given.
             max_in_flight: how many forwards may wait for their backward.
@@ -67,12 +72,17 @@ class RemoteMiddle(nn.Module):
             reconnect_s: how long a node that is gone is waited for.
 
         Raises:
-            ConfigError: a cut without a head; use :class:`Trainer` for the vanilla topology.
+            ConfigError: a cut without a head, or a policy that treats anything; use :class:`Trainer` for these.
             WireError, UnreachableError: the node refuses, or cannot be reached.
         """
         super().__init__()
         if cut.head is None:
             raise ConfigError("RemoteMiddle needs a U-shaped cut (a head): in the vanilla topology use Trainer")
+        if policy != CLEAR:
+            raise ConfigError(
+                "RemoteMiddle sends everything in the clear (policy=cloister.CLEAR); use Trainer otherwise"
+            )
+        self._guard = Guard(policy, None)
         self._cut, self._step, self._forwards, self._backwards = cut, 0, 0, 0
         device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         self._answers = Answers(cut.program, device)
@@ -84,6 +94,7 @@ class RemoteMiddle(nn.Module):
             open_session(
                 self._link,
                 cut,
+                self._guard,
                 optimizer=optimizer,
                 loss=Loss(),
                 seed=seed,
@@ -108,7 +119,7 @@ class RemoteMiddle(nn.Module):
         if self.training and torch.is_grad_enabled():
             outputs = _Remote.apply(self, *smashed)  # type: ignore[no-untyped-call]  # torch's own signature
         else:
-            made = next(iter(self._link.infer([smashed])))
+            made = next(iter(self._link.infer([self._guard.inference(smashed)])))
             outputs = tuple(self._answers.outputs(made, len(smashed[0]), training=False))
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -139,7 +150,12 @@ class RemoteMiddle(nn.Module):
     def _send_forward(self, smashed: tuple[torch.Tensor, ...]) -> tuple[int, list[torch.Tensor]]:
         number = self._forwards
         self._link.send(
-            encode_frame(step=self._step, micro_batch=number, phase=node_pb2.PHASE_FORWARD, tensors=smashed)
+            encode_frame(
+                step=self._step,
+                micro_batch=number,
+                phase=node_pb2.PHASE_FORWARD,
+                tensors=self._guard.activations(smashed),
+            )
         )
         answer = self._link.receive()
         self._forwards += 1
@@ -152,7 +168,12 @@ class RemoteMiddle(nn.Module):
         smashed: list[torch.Tensor],
     ) -> list[torch.Tensor | None]:
         self._link.send(
-            encode_frame(step=self._step, micro_batch=number, phase=node_pb2.PHASE_BACKWARD, tensors=gradients)
+            encode_frame(
+                step=self._step,
+                micro_batch=number,
+                phase=node_pb2.PHASE_BACKWARD,
+                tensors=self._guard.gradients(gradients),
+            )
         )
         answer = self._link.receive()
         self._backwards += 1

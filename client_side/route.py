@@ -21,6 +21,7 @@ from client_side.frames import FrameLog, FrameMemo, SentFrame
 from client_side.link import Answer, Incoming, Link, NodeAddress, Traffic
 from client_side.snapshots import Snapshot
 from client_side.stream import JITTER
+from privacy.guard import Released
 from wire.errors import (
     BusyError,
     CheckpointError,
@@ -67,7 +68,7 @@ class SessionLink(Protocol):
     def traffic(self) -> Traffic: ...  # noqa: D102
     def send(self, frame: SentFrame) -> None: ...  # noqa: D102
     def receive(self) -> Answer: ...  # noqa: D102
-    def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor | None]]: ...  # noqa: D102
+    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]: ...  # noqa: D102
     def snapshot(self, *, with_optimizer: bool = False) -> tuple[int, dict[str, torch.Tensor]]: ...  # noqa: D102
     def close(self, *, end_session: bool = True) -> None: ...  # noqa: D102
 
@@ -197,12 +198,12 @@ class Route:
         self.draining = answer.draining
         return answer
 
-    def infer(self, batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor | None]]:
+    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
         """See :meth:`Link.infer`; what a lost node left unanswered is asked again."""
-        waiting: deque[Sequence[torch.Tensor]] = deque()
+        waiting: deque[Sequence[Released]] = deque()
         source = iter(batches)
 
-        def feed() -> Iterator[Sequence[torch.Tensor]]:
+        def feed() -> Iterator[Sequence[Released]]:
             yield from list(waiting)
             for batch in source:
                 waiting.append(batch)

@@ -13,6 +13,7 @@ from client_side.link import Link, NodeAddress
 from client_side.opening import open_session
 from client_side.route import Route, RouteNews
 from client_side.snapshots import Snapshot
+from privacy.guard import Guard
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 
@@ -30,6 +31,7 @@ class Sessions:
     """
 
     cut: Cut
+    guard: Guard
     nodes: list[NodeAddress]
     identity: Identity
     optimizer: Optimizer
@@ -103,6 +105,7 @@ class Sessions:
         open_session(
             link,
             self.cut,
+            self.guard,
             optimizer=self.optimizer,
             loss=self.loss,
             seed=self.seed,

@@ -10,6 +10,7 @@ or one more.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ from client_side.cutting import Cut
 from client_side.frames import encode_frame
 from client_side.link import Answer
 from client_side.route import SessionLink
+from privacy.dp_sgd import DpGradients
+from privacy.guard import Guard, Released
+from privacy.hijack import HijackDetector
 from protos import node_pb2
 from wire.errors import ConfigError, MessageRejectedError, NonFiniteError
 from wire.optimizers import PartOptimizer
@@ -48,6 +52,7 @@ class _Flying:
     """A micro-batch whose backward is not done."""
 
     number: int
+    inputs: Batch
     smashed: Batch
     kept: Batch
     kept_leaves: Batch
@@ -95,15 +100,26 @@ class StepRunner:
         self,
         cut: Cut,
         link: SessionLink,
+        guard: Guard,
         loss: Loss,
         optimizers: Sequence[PartOptimizer],
         *,
         seed: int,
         in_flight: int,
         device: torch.device,
+        dp_front: DpGradients | None = None,
+        dp_head: DpGradients | None = None,
+        hijack: HijackDetector | None = None,
     ) -> None:
-        """Takes what one step needs; the session on ``link`` is open."""
-        self._cut, self._link, self._loss, self._optimizers = cut, link, loss, optimizers
+        """Takes what one step needs; the session on ``link`` is open.
+
+        ``dp_front`` and ``dp_head`` gather the gradients of parts that learn by DP-SGD; ``hijack`` watches what comes
+        back for the front.
+
+        Raises:
+            ConfigError: DP-SGD on parts that share a parameter.
+        """
+        self._cut, self._link, self._guard, self._loss, self._optimizers = cut, link, guard, loss, optimizers
         self._seed, self._in_flight, self._device = seed, in_flight, device
         self._answers = Answers(cut.program, device)
         self._flying: deque[_Flying] = deque()
@@ -111,6 +127,10 @@ class StepRunner:
         self._tied = [p for p in cut.front.parameters() if p in head and p.requires_grad]
         # A parameter that front and head share moves once both have added their gradients.
         self._head_first = cut.head is not None and not self._tied
+        self._dp_front, self._dp_head, self._hijack = dp_front, dp_head, hijack
+        if self._tied and (dp_front is not None or dp_head is not None):
+            raise ConfigError("privacy: dp_sgd takes front and head that share no parameter: untie them")
+        self._rows = 0
         self.node_s = 0.0
 
     def run(self, step: int, batch: list[MicroBatch]) -> float:
@@ -124,6 +144,7 @@ class StepRunner:
 
     def _run(self, step: int, batch: list[MicroBatch]) -> float:
         self._flying.clear()
+        self._rows = sum(len(micro_batch.labels) for micro_batch in batch)
         total, sent, done = 0.0, 0, 0
         while done < len(batch):
             while sent < len(batch) and len(self._flying) < self._in_flight:
@@ -135,7 +156,7 @@ class StepRunner:
                 last = answer.micro_batch == len(batch) - 1
                 total += self._head(step, answer, last=last)
                 if last and self._head_first:
-                    self._optimizers[-1].apply(step)  # the head has all its gradients: while the node goes backward
+                    self._update(1, step)  # the head has all its gradients: while the node goes backward
                 continue
             if answer.phase == node_pb2.PHASE_LOSS:
                 if not math.isfinite(answer.loss):
@@ -143,14 +164,19 @@ class StepRunner:
                 total += answer.loss * self._flying[0].weight
             self._backward(answer)
             done += 1
-        for optimizer in self._optimizers[:1] if self._head_first else self._optimizers:
-            optimizer.apply(step)
+        for number in range(1 if self._head_first else len(self._optimizers)):
+            self._update(number, step)
         return total
+
+    def _update(self, number: int, step: int) -> None:
+        private = (self._dp_front, self._dp_head)[number]
+        if private is not None:
+            private.finish(self._rows)
+        self._optimizers[number].apply(step)
 
     def _forward(self, step: int, number: int, micro_batch: MicroBatch, *, last: bool) -> None:
         seed_stream(self._seed, "front", step, number)
-        made = self._cut.front(*(x.to(self._device) for x in micro_batch.inputs))
-        smashed, kept = self._cut.split_outputs(made)
+        smashed, kept, rows = self._smashed(micro_batch)
         labels = micro_batch.labels
         vanilla = self._cut.head is None
         self._link.send(
@@ -159,15 +185,29 @@ class StepRunner:
                 micro_batch=number,
                 phase=node_pb2.PHASE_LOSS if vanilla else node_pb2.PHASE_FORWARD,
                 tensors=smashed,
-                labels=labels if vanilla else None,
+                labels=self._guard.labels(labels) if vanilla and rows is None else None,
+                rows=rows,
                 loss_weight=micro_batch.weight if vanilla else 0.0,
                 update=vanilla and last,
             )
         )
-        leaves = tuple(k.detach().requires_grad_(k.requires_grad) for k in kept)
+        again = self._dp_front is not None
+        leaves = tuple(k.detach().requires_grad_(k.requires_grad or (again and k.is_floating_point())) for k in kept)
         nothing: list[torch.Tensor | None] = [None] * len(self._tied)
-        flying = _Flying(number, smashed, kept, leaves, labels.to(self._device), micro_batch.weight, nothing)
+        sent = tuple(released.tensor for released in smashed)
+        flying = _Flying(
+            number, micro_batch.inputs, sent, kept, leaves, labels.to(self._device), micro_batch.weight, nothing
+        )
         self._flying.append(flying)
+
+    def _smashed(self, micro_batch: MicroBatch) -> tuple[Sequence[Released], Batch, Released | None]:
+        """What goes up, what stays for the head, and in place of both the rows of a table that the node keeps."""
+        if self._guard.tabled:
+            return (), (), self._guard.rows(micro_batch.inputs[0])
+        with torch.set_grad_enabled(self._dp_front is None):  # or else it runs again when its gradient comes
+            made = self._cut.front(*(x.to(self._device) for x in micro_batch.inputs))
+        smashed, kept = self._cut.split_outputs(made)
+        return self._guard.activations(smashed), kept, None
 
     def _head(self, step: int, answer: Answer, *, last: bool) -> float:
         flying = next(f for f in self._flying if f.number == answer.micro_batch)
@@ -179,10 +219,11 @@ class StepRunner:
         # Copies, because a head may begin with an operator in place, which autograd refuses on leaves.
         received = [t.clone() if t.requires_grad else t for t in (*outputs, *flying.kept_leaves)]
         seed_stream(self._seed, "head", step, flying.number)
-        output = self._cut.head(*received)
-        self._loss.check(output, flying.labels)
-        loss = self._loss(output, flying.labels)
-        with self._tied_apart(flying):
+        private = contextlib.nullcontext() if self._dp_head is None else self._dp_head.per_record(self._rows)
+        with private, self._tied_apart(flying):
+            output = self._cut.head(*received)
+            self._loss.check(output, flying.labels)
+            loss = self._loss(output, flying.labels)
             # A whole batch weighs 1.0: its product is the loss itself, to the bit.
             weighted = loss if flying.weight == 1.0 else loss * flying.weight
             weighted.backward()  # type: ignore[no-untyped-call]  # torch's own signature
@@ -192,7 +233,7 @@ class StepRunner:
                 micro_batch=flying.number,
                 phase=node_pb2.PHASE_BACKWARD,
                 # An output that the loss does not depend on has no gradient, and its parameters do not move.
-                tensors=[o.grad for o in outputs if o.is_floating_point()],
+                tensors=self._guard.gradients([o.grad for o in outputs if o.is_floating_point()]),
                 update=last,
             )
         )
@@ -203,9 +244,13 @@ class StepRunner:
         if flying.number != answer.micro_batch:
             raise MessageRejectedError("the node answered another micro-batch than the oldest")
         tensors = [s for s in flying.smashed if s.is_floating_point()]
+        if self._dp_front is not None:
+            returned = self._returned(answer, flying, tensors)
+            self._front_again(answer.step, flying, returned, self._dp_front)
+            return
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if any(s.requires_grad for s in tensors):
-            returned = self._answers.gradients(answer.tensors, tensors)
+            returned = self._returned(answer, flying, tensors)
             pairs += [(t, gradient) for t, gradient in zip(tensors, returned, strict=True) if gradient is not None]
         stayed = zip(flying.kept, flying.kept_leaves, strict=True)
         pairs += [(tensor, leaf.grad) for tensor, leaf in stayed if leaf.grad is not None]
@@ -218,6 +263,28 @@ class StepRunner:
         for parameter, before in zip(self._tied, gathered, strict=True):
             if before is not None:
                 parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    def _returned(self, answer: Answer, flying: _Flying, smashed: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The node's input gradients, once they look like those of somebody who trains (THREATS T12)."""
+        returned = self._answers.gradients(answer.tensors, smashed)
+        if self._hijack is not None:
+            self._hijack.observe(answer.step, flying.labels, *(g for g in returned if g is not None))
+        return returned
+
+    def _front_again(
+        self, step: int, flying: _Flying, returned: Sequence[torch.Tensor | None], private: DpGradients
+    ) -> None:
+        """The front's forward once more, with the same draws, and its backward record by record."""
+        seed_stream(self._seed, "front", step, flying.number)
+        with private.per_record(self._rows):
+            made = self._cut.front(*(x.to(self._device) for x in flying.inputs))
+            smashed, kept = self._cut.split_outputs(made)
+            floating = [s for s in smashed if s.is_floating_point()]
+            pairs = [(s, g) for s, g in zip(floating, returned, strict=True) if g is not None and s.requires_grad]
+            stayed = zip(kept, flying.kept_leaves, strict=True)
+            pairs += [(k, leaf.grad) for k, leaf in stayed if leaf.grad is not None and k.requires_grad]
+            if pairs:
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
     @contextmanager
     def _tied_apart(self, flying: _Flying) -> Iterator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import secrets
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -19,18 +21,25 @@ from client_side.cutting import Cut
 from client_side.durability import Checkpoints, Run, holds_run
 from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
-from client_side.opening import DEFAULT_IDENTITY, owner_identity
+from client_side.opening import DEFAULT_IDENTITY, initial_state, owner_identity
 from client_side.owned import describe_run, owner_tensors, restore_owner
 from client_side.passes import Loader, Pass, refuse_persistent_workers
+from client_side.records import data_set_of
+from client_side.releases import Releases
 from client_side.route import Route
 from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
-from wire.errors import CheckpointError, ConfigError
+from privacy.dp_sgd import DpGradients
+from privacy.guard import Guard
+from privacy.hijack import HijackDetector
+from privacy.ledger import Ledger
+from privacy.policy import DpSgd, Never, Policy
+from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
-from wire.state import STATE_PREFIX, split_state
+from wire.state import split_state
 
 __all__ = ["Loader", "Trainer"]
 
@@ -49,7 +58,8 @@ class Trainer:
 
     Example::
 
-        with cloister.Trainer(cut, node="gpu:7700#sha256:…", optimizer=cloister.SGD(lr=0.1), loss="cross_entropy") as t:
+        node, sgd = "gpu:7700#sha256:…", cloister.SGD(lr=0.1)
+        with cloister.Trainer(cut, node=node, policy=cloister.CLEAR, optimizer=sgd, loss="cross_entropy") as t:
             t.fit(loader, epochs=3)
             print(t.evaluate(test_loader).accuracy)
     """
@@ -59,6 +69,7 @@ class Trainer:
         cut: Cut,
         *,
         node: str | NodeAddress | Sequence[str | NodeAddress],
+        policy: Policy,
         optimizer: Optimizer,
         loss: LossName | Loss = "cross_entropy",
         micro_batches: int = 1,
@@ -69,6 +80,10 @@ class Trainer:
         reconnect_s: float = RECONNECT_S,
         checkpoints: Checkpoints | None = None,
         standby: bool = False,
+        ledger: Ledger | None = None,
+        data_set: str | None = None,
+        units: torch.Tensor | None = None,
+        detect_hijacking: bool = True,
     ) -> None:
         """Checks its arguments; connects to nobody yet.
 
@@ -76,6 +91,7 @@ class Trainer:
             cut: from :func:`cloister.cut`.
             node: ``host:port#sha256:…``, or a :class:`NodeAddress`; or several, also as one text with commas: the first
                 that takes the session computes, and the others take over when it fails.
+            policy: what may leave, and how; ``cloister.CLEAR`` lets everything leave as it is.
             optimizer: trains all three parts, each where it is.
             loss: by name, or a :class:`Loss`.
             micro_batches: slices of each batch; gradients add up over them, exactly.
@@ -86,6 +102,10 @@ class Trainer:
             reconnect_s: how long a node that is gone (all of them, where there are several) is waited for.
             checkpoints: makes the run one that can be resumed, and moved between nodes; see :class:`Checkpoints`.
             standby: a second node waits at the latest snapshot, so that a move costs no more than a replay.
+            ledger: where releases are written down; this user's own, unless said otherwise.
+            data_set: what the training data is called in the ledger; its digest, unless said otherwise.
+            units: whose each record is, [N] in the data set's order, where the policy's unit is not the record.
+            detect_hijacking: stops where the node's gradients look like an attack on a front that learns.
 
         Raises:
             ConfigError: says which argument, and what it must be.
@@ -98,6 +118,7 @@ class Trainer:
         if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
             raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
         self.cut = cut
+        self._guard = Guard(policy, ledger or Ledger)
         nodes = addresses(node)
         if len(nodes) > 1 and checkpoints is None:
             raise ConfigError(
@@ -109,12 +130,15 @@ class Trainer:
         self._run: Run | None = None
         self._route: Route | None = None
         self._owed = False
+        self._name = secrets.token_hex(8) if checkpoints is None else str(Path(checkpoints.folder).absolute())[-200:]
+        self._releases = Releases(cut, self._guard, run=self._name, data_set=data_set, units=units, seed=seed)
         self._optimizer = optimizer
         self._loss = loss if isinstance(loss, Loss) else Loss(loss)
         self._micro_batches, self._in_flight = micro_batches, in_flight or micro_batches
         self._seed, self._callbacks = seed, list(callbacks)
         self._sessions = Sessions(
             cut=cut,
+            guard=self._guard,
             nodes=nodes,
             identity=owner_identity(identity),
             optimizer=optimizer,
@@ -131,6 +155,12 @@ class Trainer:
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
         parts = [cut.front] if cut.head is None else [cut.front, cut.head]
         self._optimizers = [PartOptimizer(optimizer, dict(part.named_parameters())) for part in parts]
+        self._private = {
+            name: DpGradients(part, treatment, name) if part is not None and isinstance(treatment, DpSgd) else None
+            for name, part, treatment in (("front", cut.front, policy.front), ("head", cut.head, policy.head))
+        }
+        learns = any(p.requires_grad for p in cut.front.parameters())
+        self._hijack = HijackDetector() if detect_hijacking and learns else None
         self._sum, self._rows = 0.0, 0  # of the epoch at hand
         self._pass = Pass()
         self.state = TrainState()
@@ -147,6 +177,11 @@ class Trainer:
     def traffic(self) -> Traffic:
         """Bytes of all sessions so far."""
         return self._past_traffic if self._link is None else self._past_traffic + self._link.traffic
+
+    @property
+    def guard(self) -> Guard:
+        """The door out: what left, and what it cost."""
+        return self._guard
 
     @property
     def run(self) -> Run | None:
@@ -167,9 +202,21 @@ class Trainer:
             UnreachableError: the node is gone for longer than ``reconnect_s``.
             CheckpointError: the disk fails; or the folder holds another run, and what differs.
             ConfigError: the folder holds a run, and ``resume`` is not given; or the loader's workers persist.
+            ReleaseRefusedError, BudgetSpentError, LedgerError: the policy, the budget or the ledger forbids it.
+            HijackSuspectedError: the node's gradients steer the front; the message says where the evidence is.
         """
+        try:
+            return self._fit(loader, epochs, resume=resume)
+        except HijackSuspectedError as error:
+            if self._hijack is None:
+                raise
+            folder = Path(tempfile.mkdtemp(prefix="cloister-")) if self._plan is None else Path(self._plan.folder)
+            kept = self._hijack.evidence().save(folder.expanduser())
+            raise HijackSuspectedError(f"{error}; the evidence is in {kept}") from error
+
+    def _fit(self, loader: Loader, epochs: int, *, resume: bool) -> TrainState:
         control = Control()
-        resumed = self._durably(loader, resume=resume)
+        resumed, loader = self._durably(loader, resume=resume)
         self.state.epochs = epochs if resume else self.state.epoch + epochs
         self.state.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
         self._tell("on_train_begin", control)
@@ -183,8 +230,12 @@ class Trainer:
         return self.state
 
     def evaluate(self, loader: Loader) -> Evaluation:
-        """Mean loss, and accuracy for losses over classes, in evaluation mode through the node."""
+        """Mean loss, and accuracy for losses over classes, in evaluation mode through the node.
+
+        Where the policy keeps inference at home, the middle is brought home for it.
+        """
         total, right, rows = 0.0, 0, 0
+        self._guard.open_inference(data_set_of(loader, read=False), self._name)
         labelled = ((tuple(inputs), labels) for *inputs, labels in loader)
         ahead, behind = itertools.tee(labelled)
         with evaluation_mode(self.cut):
@@ -203,7 +254,8 @@ class Trainer:
         return result
 
     def predict(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The whole model's output for one batch, in evaluation mode through the node."""
+        """The whole model's output for one batch, in evaluation mode through the node (or at home: see the policy)."""
+        self._guard.open_inference(None, self._name)
         with evaluation_mode(self.cut):
             return next(self._outputs([inputs]))
 
@@ -229,6 +281,7 @@ class Trainer:
         finally:
             if run is not None:
                 run.close()
+            self._guard.close()
 
     def _epoch(self, loader: Loader, control: Control, resumed: Checkpoint | None) -> None:
         state, started, late_s = self.state, time.perf_counter(), 0.0
@@ -238,6 +291,8 @@ class Trainer:
             loader, state.epoch, done=state.batch, resumed=resumed, kept=self._run is not None
         ):
             began = time.perf_counter()
+            if self._guard.step(state.epoch, state.global_step):
+                state.spent = self._guard.spent
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
             runner = self._opened(len(batch[0].labels))
@@ -280,15 +335,15 @@ class Trainer:
         state.log_history.append({"epoch": float(state.epoch), "step": float(state.global_step), "loss": mean})
         self._tell("on_epoch_end", control, EpochEnd(state.epoch, mean, rows, time.perf_counter() - started))
 
-    def _durably(self, loader: Loader, *, resume: bool) -> Checkpoint | None:
-        """Begins the run in its folder, or finds where it stood."""
+    def _durably(self, loader: Loader, *, resume: bool) -> tuple[Checkpoint | None, Loader]:
+        """Begins the run in its folder, or finds where it stood; where a table is released, its loader is the run's."""
         if self._plan is None:
             if resume:
                 raise ConfigError("resume: give checkpoints=cloister.Checkpoints(folder=…), where the run is kept")
-            return None
+            return None, self._released(loader)
         refuse_persistent_workers(loader)
         if self._run is not None:
-            return None
+            return None, self._released(loader)
         if not resume and holds_run(self._plan.folder):
             raise ConfigError(f"{self._plan.folder} holds a run: go on with it (resume), or take another folder")
         if self._link is not None:  # opened to evaluate what was not trained yet
@@ -298,10 +353,10 @@ class Trainer:
         run = Run(self._plan)
         try:
             checkpoint = run.recover(self._what()) if resume else None
+            loader = self._released(loader, Path(self._plan.folder).expanduser(), checkpoint)
             if checkpoint is None:
                 self._pass.begin = randomness.capture(loader)
-                middle = {STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()}
-                run.begin(self._here(loader), middle)
+                run.begin(self._here(loader), initial_state(self.cut, self._guard))
             else:
                 self._restore(checkpoint)
                 if not checkpoint.batch:  # before the first epoch: callbacks draw from here on, as they did then
@@ -311,13 +366,23 @@ class Trainer:
             run.close()
             raise
         self._run = run
-        return checkpoint
+        return checkpoint, loader
+
+    def _released(self, loader: Loader, folder: Path | None = None, resumed: Checkpoint | None = None) -> Loader:
+        """Checks the policy before anything leaves; where it releases a table, the loader of that."""
+        made = self._releases.loader(loader, folder, resumed)
+        self.state.spent = self._guard.spent
+        return made
 
     def _what(self) -> dict[str, object]:
-        return describe_run(self.cut, self._optimizer, self._loss, micro_batches=self._micro_batches, seed=self._seed)
+        policy = self._guard.policy
+        return describe_run(
+            self.cut, self._optimizer, self._loss, policy, micro_batches=self._micro_batches, seed=self._seed
+        )
 
     def _here(self, loader: Loader) -> Checkpoint:
         """The owner's part, as it stands now; its snapshot is yet to come."""
+        watched = {} if self._hijack is None else self._hijack.state()
         return Checkpoint(
             step=self.state.global_step,
             epoch=self.state.epoch,
@@ -329,7 +394,10 @@ class Trainer:
             run=self._what(),
             snapshot=Snapshot(self.state.global_step, {}),
             store="",
-            tensors=owner_tensors(self.cut, self._optimizers) | self._pass.tensors(loader),
+            ledger=self._guard.position,
+            tensors=owner_tensors(self.cut, self._optimizers)
+            | self._pass.tensors(loader)
+            | {f"hijack/{name}": tensor for name, tensor in watched.items()},
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -337,6 +405,8 @@ class Trainer:
         self.state.global_step, self.state.epoch, self.state.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         self.state.log_history[:] = checkpoint.log_history
         self._sum, self._rows = checkpoint.loss_sum, checkpoint.rows
+        if self._hijack is not None and (watched := checkpoint.part("hijack/")):
+            self._hijack.restore(watched)
 
     def _checkpoint_if_due(self, loader: Loader) -> None:
         run, route = self._run, self._route
@@ -406,11 +476,15 @@ class Trainer:
         self._runner = StepRunner(
             self.cut,
             link,
+            self._guard,
             self._loss,
             self._optimizers,
             seed=self._seed,
             in_flight=self._in_flight,
             device=self._device,
+            dp_front=self._private["front"],
+            dp_head=self._private["head"],
+            hijack=self._hijack,
         )
         return link
 
@@ -420,6 +494,9 @@ class Trainer:
                 part.train()
 
     def _outputs(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        if isinstance(self._guard.policy.inference, Never):
+            yield from self._at_home(batches)
+            return
         link = self._link
         if link is None:  # nothing was trained yet: the first batch says how large a session to open
             rest = iter(batches)
@@ -428,7 +505,19 @@ class Trainer:
                 return
             batches = itertools.chain([first], rest)
             link = self._open(len(first[0]))
-        yield from infer(self.cut, link, batches, max_rows=self._sessions.max_rows, device=self._device)
+        yield from infer(self.cut, link, self._guard, batches, max_rows=self._sessions.max_rows, device=self._device)
+
+    def _at_home(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """The whole model here: nothing leaves."""
+        self.fetch()
+        model = self.cut.reassemble()
+        training = model.training
+        model.eval()
+        try:
+            for inputs in batches:
+                yield model(*(x.to(self._device) for x in inputs))
+        finally:
+            model.train(training)
 
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:

@@ -16,10 +16,13 @@ from client_side.link import Link, NodeAddress
 from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
 from cloister.jobs import Job
+from privacy.ledger import Ledger
+from privacy.policy import Never
 from wire.errors import CloisterError, ConfigError
 from wire.identity import Identity, load_identity
 
 __all__ = [
+    "at_home",
     "call_factory",
     "cut_model",
     "first_inputs",
@@ -41,6 +44,11 @@ def owner_of(job: Job) -> Identity:
         IdentityError: see :func:`wire.identity.load_identity`.
     """
     return load_identity(job.node.identity.expanduser())
+
+
+def at_home(job: Job) -> bool:
+    """Whether evaluation and prediction need no node."""
+    return isinstance(job.privacy.policy().inference, Never)
 
 
 def greet_node(job: Job, identity: Identity) -> str:
@@ -162,8 +170,26 @@ def new_trainer(
         callbacks=callbacks,
         reconnect_s=job.node.reconnect_seconds,
         checkpoints=checkpoints,
+        policy=job.privacy.policy(),
+        ledger=None if job.privacy.ledger is None else Ledger(job.privacy.ledger),
+        data_set=job.privacy.data_set,
+        units=_units(job),
+        detect_hijacking=job.privacy.detect_hijacking,
         standby=checkpoints is not None and job.node.standby,
     )
+
+
+def _units(job: Job) -> torch.Tensor | None:
+    """Whose each record is."""
+    if job.privacy.units is None:
+        return None
+    made = call_factory(job, "privacy.units", job.privacy.units, **job.data.args)
+    units = torch.as_tensor(made)
+    if units.ndim != 1 or units.is_floating_point():
+        raise ConfigError(
+            f"privacy.units {job.privacy.units} returned {tuple(units.shape)}; one integer for each record"
+        )
+    return units
 
 
 def call_factory(job: Job, key: str, name: str, /, *args: object, **kwargs: Any) -> Any:  # noqa: ANN401 - a user's function

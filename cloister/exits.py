@@ -11,6 +11,8 @@ code  meaning
 5     no node answered
 6     the node rejected what was asked, or failed at it
 7     the node has no room or is about to stop: the same command may succeed later
+8     the privacy policy, the budget or the ledger forbids it: nothing left
+9     the node's gradients look like an attack on the front: training stopped, the evidence is kept
 130   interrupted
 ====  =====================================================================================
 
@@ -47,6 +49,8 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 5
     REJECTED = 6
     TRY_LATER = 7
+    PRIVACY = 8
+    HIJACKED = 9
     INTERRUPTED = 130
 
 
@@ -97,6 +101,8 @@ def exit_code_of(error: BaseException) -> ExitCode:
         ((errors.ConfigError, errors.CutError, errors.CheckpointError), ExitCode.CONFIG),
         ((errors.IdentityError, errors.NotAuthorizedError), ExitCode.IDENTITY),
         (errors.UnreachableError, ExitCode.UNREACHABLE),
+        ((errors.ReleaseRefusedError, errors.LedgerError), ExitCode.PRIVACY),
+        (errors.HijackSuspectedError, ExitCode.HIJACKED),
         ((errors.BusyError, errors.DrainingError), ExitCode.TRY_LATER),
         (errors.WireError, ExitCode.REJECTED),
     )

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from client_side.durability import Checkpoints
 from client_side.link import RECONNECT_S, NodeAddress, addresses
 from client_side.opening import DEFAULT_IDENTITY
+from privacy.policy import Policy
 from wire.errors import ConfigError, SpecRejectedError
 from wire.recipe import SGD, Adam, AdamW, DecayName, Loss, LossName, Optimizer, Schedule
 
@@ -230,6 +231,36 @@ class CheckpointTable(_Table):
         )
 
 
+class PrivacyTable(_Table):
+    """``[privacy]``: what may leave, how it is treated, and what all of it may cost."""
+
+    activations: Any = Field(examples=["moments"])
+    labels: Any = None
+    gradients: Any = None
+    front: Any = None
+    head: Any = None
+    inference: Any = None
+    epsilon: float | None = Field(None, gt=0, examples=[1.0])
+    delta: float = Field(1e-5, gt=0, lt=1)
+    relation: str = "replace_one"
+    unit: str = "record"
+    records_per_unit: int = Field(1, ge=1)
+    classes: int | None = Field(None, ge=2, examples=[10])
+    units: Factory | None = Field(None, examples=["my_data:patients"])
+    data_set: str | None = Field(None, examples=["cohort-2024"])
+    ledger: str | None = Field(None, examples=["sqlite:////srv/cloister/privacy.sqlite"])
+    detect_hijacking: bool = True
+
+    def policy(self) -> Policy:
+        """As the guard takes it.
+
+        Raises:
+            ConfigError: no such treatment, or numbers that it does not take.
+        """
+        own = {"units", "data_set", "ledger", "detect_hijacking"}
+        return Policy.from_json({k: v for k, v in self.model_dump().items() if v is not None and k not in own})
+
+
 class OutputTable(_Table):
     """``[output]``: where the results go."""
 
@@ -250,6 +281,7 @@ class Job(BaseSettings):
     optimizer: Annotated[SgdTable | AdamTable | AdamWTable, Field(discriminator="name")]
     loss: LossTable = LossTable()
     node: NodeTable
+    privacy: PrivacyTable
     checkpoint: CheckpointTable = CheckpointTable()
     output: OutputTable
 
@@ -274,6 +306,7 @@ class Job(BaseSettings):
         """
         self.optimizer.recipe()
         self.loss.recipe()
+        self.privacy.policy()
         if self.node.standby and len(self.node.where()) == 1:
             raise ConfigError("node.standby = true: name a second node in node.address, after a comma")
         self.node.where()

@@ -22,6 +22,8 @@ COMMANDS: Final = {
     "eval": "Evaluate a trained model through a node.",
     "predict": "Predict with a trained model through a node.",
     "inspect": "Show where a model can be cut, and what each cut costs.",
+    "privacy": "Plan, show and explain what was spent on each data set.",
+    "leakage": "Measure what activations and gradients give away, cut by cut.",
     "keys": "Make, show and trust identities.",
     "doctor": "Check this machine, an identity and a node, and say what to do.",
 }

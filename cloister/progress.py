@@ -13,6 +13,7 @@ What stands in a row is a list of :class:`Column`; whoever has more to say of a 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -61,6 +62,7 @@ class Moment:
         up: tensor bytes sent in the whole run.
         down: tensor bytes received in the whole run.
         reconnects: how often the link came back.
+        epsilon: spent on the data set by all runs; ``None`` where nothing is accounted.
     """
 
     epoch: int
@@ -73,6 +75,7 @@ class Moment:
     up: int = 0
     down: int = 0
     reconnects: int = 0
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ COLUMNS: Final = (
     Column("step", 8, lambda m: f"{m.step:,}"),
     Column("loss", 8, lambda m: f"{m.loss:.4f}" if m.rows else "-"),
     Column("samples/s", 9, lambda m: f"{m.rows / m.seconds:,.0f}" if m.rows else "-"),
+    Column("ε", 6, lambda m: "-" if m.epsilon is None else "∞" if math.isinf(m.epsilon) else f"{m.epsilon:.3g}"),
     Column("up", 9, lambda m: _size(m.up)),
     Column("down", 9, lambda m: _size(m.down)),
     Column("node", 5, lambda m: f"{m.node_s / m.seconds:.0%}".replace("%", " %") if m.rows else "-"),
@@ -193,7 +197,7 @@ class ProgressDisplay(Callback):
 
     def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
         """The row moves."""
-        del state, control
+        del control
         if self._first is None:  # the first step also opened the session: what is left is told from the others
             self._first = (end.step, time.perf_counter())
         before, rows = self._moment, self._moment.rows + end.rows
@@ -208,6 +212,7 @@ class ProgressDisplay(Callback):
             up=end.traffic.up,
             down=end.traffic.down,
             reconnects=end.traffic.reconnects,
+            epsilon=None if state.spent is None else state.spent.epsilon,
         )
 
     def on_epoch_end(self, state: TrainState, control: Control, end: EpochEnd) -> None:

@@ -20,6 +20,7 @@ def train(
 
     with cloister.Trainer(
         cut,
+        policy=cloister.CLEAR,
         node=node,  # "host:port#sha256:…", as `cloister node` prints it
         identity=owner,  # the folder that `cloister keys init --role owner` made
         optimizer=cloister.AdamW(lr=2e-3),

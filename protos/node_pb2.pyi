@@ -393,6 +393,7 @@ class SessionSpec(google.protobuf.message.Message):
     WANT_INPUT_GRADIENTS_FIELD_NUMBER: builtins.int
     STATE_KEPT_FIELD_NUMBER: builtins.int
     REPLACES_FIELD_NUMBER: builtins.int
+    ROWS_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """Chosen by the owner, 16 random bytes, never used twice."""
     node_fingerprint: builtins.bytes
@@ -415,6 +416,8 @@ class SessionSpec(google.protobuf.message.Message):
     """The node kept these very bytes of state from one of the owner's snapshots: no state_chunk follows."""
     replaces: builtins.bytes
     """An earlier session of the same owner here, whose place this one takes: it ends first. Empty where there is none."""
+    rows_bytes: builtins.int
+    """Of the state's bytes, at most so many belong to a table of rows that the session keeps; 0 where there is none."""
     @property
     def loss(self) -> Global___Loss:
         """VANILLA only."""
@@ -440,10 +443,11 @@ class SessionSpec(google.protobuf.message.Message):
         want_input_gradients: builtins.bool = ...,
         state_kept: builtins.bool = ...,
         replaces: builtins.bytes = ...,
+        rows_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["loss", b"loss", "optimizer", b"optimizer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "rows_bytes", b"rows_bytes", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SessionSpec: typing_extensions.TypeAlias = SessionSpec
@@ -527,6 +531,7 @@ class Frame(google.protobuf.message.Message):
     TENSORS_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     LOSS_WEIGHT_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
     step: builtins.int
     micro_batch: builtins.int
     phase: Global___Phase.ValueType
@@ -538,6 +543,10 @@ class Frame(google.protobuf.message.Message):
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
     @property
     def labels(self) -> protos.tensor_pb2.Tensor: ...
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """In place of tensors (and of labels, where they are kept): rows of the table that came with the session's state."""
+
     def __init__(
         self,
         *,
@@ -548,10 +557,11 @@ class Frame(google.protobuf.message.Message):
         tensors: collections.abc.Iterable[protos.tensor_pb2.Tensor] | None = ...,
         labels: protos.tensor_pb2.Tensor | None = ...,
         loss_weight: builtins.float = ...,
+        rows: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["labels", b"labels"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["labels", b"labels", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "update", b"update"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["labels", b"labels", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "phase", b"phase", "rows", b"rows", "step", b"step", "tensors", b"tensors", "update", b"update"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Frame: typing_extensions.TypeAlias = Frame

@@ -22,7 +22,7 @@ from wire.errors import (
 )
 from wire.program import Program, ProgramLimits, decode_program, program_digest
 from wire.recipe import Adam, AdamW, Optimizer, loss_from_proto, optimizer_from_proto
-from wire.state import gather, load_state
+from wire.state import gather, load_state, rows_of
 
 __all__ = ["Opening", "plan_of", "read_program", "read_spec", "read_state"]
 
@@ -146,12 +146,12 @@ def read_state(
         StateRejectedError: other bytes than announced.
     """
     copies = 2 + _optimizer_slots(plan.optimizer)  # the tensors, their gradients, the optimizer's own
-    if spec.state_bytes > copies * program.state_bytes + _HEADER_BYTES:
+    if spec.state_bytes > copies * program.state_bytes + spec.rows_bytes + _HEADER_BYTES:
         raise SpecRejectedError(
             f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}"
         )
     # Once more for the copy that a snapshot takes while the session trains on.
-    held = 2 * copies * program.state_bytes
+    held = 2 * (copies * program.state_bytes + spec.rows_bytes)
     made = max(
         run_bytes(program, graph, plan.max_rows, plan.activation_bytes_per_micro_batch)
         for graph in (program.train, program.eval)
@@ -166,10 +166,17 @@ def read_state(
             data = _kept(kept, owner, spec)
         else:
             data = gather(_chunks(parts, spec.state_bytes), spec.state_bytes, spec.state_sha256, "state")
-        return Opening(plan, program, load_state(data), reservation)
+        tensors = load_state(data)
+        _check_rows(tensors, spec)
+        return Opening(plan, program, tensors, reservation)
     except BaseException:
         reservation.release()
         raise
+
+
+def _check_rows(tensors: dict[str, torch.Tensor], spec: node_pb2.SessionSpec) -> None:
+    if sum(tensor.nbytes for tensor in rows_of(tensors).values()) > spec.rows_bytes:
+        raise SpecRejectedError(f"a table larger than the {spec.rows_bytes} bytes that were announced")
 
 
 def _kept(kept: KeptSnapshots, owner: str, spec: node_pb2.SessionSpec) -> bytes:

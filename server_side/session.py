@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
+from server_side.rows import KeptRows
 from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
 from wire.errors import (
     ComputeError,
@@ -36,7 +37,7 @@ from wire.interpreter import Runner, activation_bytes, check_state
 from wire.optimizers import PartOptimizer
 from wire.program import Graph, Program, State
 from wire.recipe import Loss, Optimizer, stream_seed
-from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, split_state
+from wire.state import OPTIMIZER_PREFIX, ROWS_PREFIX, STATE_PREFIX, rows_of, split_state
 
 __all__ = ["ANSWERS_BYTES", "Session", "SessionPlan", "run_bytes"]
 
@@ -121,6 +122,8 @@ class Session:
         self._buffers = [v for v in self._values if not isinstance(v, nn.Parameter)]
         self._optimizer = PartOptimizer(plan.optimizer, self._parameters)
         self._optimizer.restore(optimizer_state)
+        rows = rows_of(tensors)
+        self._rows = KeptRows(rows, program, device) if rows else None
         self._step = plan.first_step
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
@@ -230,6 +233,9 @@ class Session:
             if with_optimizer:
                 for key, value in self._optimizer.state().items():
                     tensors[OPTIMIZER_PREFIX + key] = value.to("cpu", copy=True)
+                # Not copied: nothing changes them.
+                for key, value in ({} if self._rows is None else self._rows.tensors).items():
+                    tensors[ROWS_PREFIX + key] = value.to("cpu")
             return self._step, tensors
 
     def _check_order(self, frame: node_pb2.Frame) -> None:
@@ -303,7 +309,10 @@ class Session:
             raise MessageRejectedError("the session's spec names no loss")
         if not 0.0 < frame.loss_weight <= 1.0:
             raise MessageRejectedError(f"a loss weight of {frame.loss_weight}; above 0, at most 1")
-        labels = self._receive(frame.labels, "labels")
+        if frame.rows and not frame.HasField("labels"):
+            labels = self._table().labels(self._named(frame))
+        else:
+            labels = self._receive(frame.labels, "labels")
 
         def judge(outputs: list[torch.Tensor]) -> torch.Tensor:
             if len(outputs) != 1 or not outputs[0].is_floating_point():
@@ -326,7 +335,7 @@ class Session:
 
     def _run(self, frame: node_pb2.Frame, then: Callable[[list[torch.Tensor]], _T]) -> tuple[_Pending, _T]:
         """A forward, and ``then`` on its outputs; if either refuses, nothing has changed."""
-        inputs = self._inputs(frame.tensors, training=True)
+        inputs = self._admitted_rows(frame) if frame.rows else self._inputs(frame.tensors, training=True)
         before = [buffer.clone() for buffer in self._buffers]
         try:
             with self._computing(training=True):
@@ -356,7 +365,28 @@ class Session:
         specs = self._program.inputs
         if len(messages) != len(specs):
             raise TensorRejectedError(f"{len(messages)} tensors where {len(specs)} cross the cut")
-        inputs = [self._receive(message, "smashed data") for message in messages]
+        return self._checked([self._receive(message, "smashed data") for message in messages], training=training)
+
+    def _admitted_rows(self, frame: node_pb2.Frame) -> list[torch.Tensor]:
+        """The smashed data that a frame names."""
+        if frame.tensors:
+            raise TensorRejectedError("a frame carries rows, or names them")
+        return self._checked(self._table().inputs(self._named(frame)), training=True)
+
+    def _named(self, frame: node_pb2.Frame) -> Sequence[int]:
+        if len(frame.rows) > self._plan.max_rows:  # before anything is gathered
+            raise LimitExceededError(
+                f"a micro-batch of {len(frame.rows)} rows; the session allows {self._plan.max_rows}"
+            )
+        return frame.rows
+
+    def _table(self) -> KeptRows:
+        if self._rows is None:
+            raise TensorRejectedError("rows of a table, and the session was opened without one")
+        return self._rows
+
+    def _checked(self, inputs: list[torch.Tensor], *, training: bool) -> list[torch.Tensor]:
+        specs = self._program.inputs
         for tensor, spec in zip(inputs, specs, strict=True):
             if tensor.dtype is not spec.dtype or tensor.ndim == 0 or tuple(tensor.shape[1:]) != spec.shape:
                 raise TensorRejectedError(

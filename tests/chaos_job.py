@@ -117,6 +117,9 @@ keep = {KEEP}
 address = "{",".join(addresses)}"
 identity = "{owner}"
 standby = {str(standby).lower()}
+[privacy]
+activations = "clear"
+
 [output]
 dir = "{run}"
 """
@@ -143,7 +146,9 @@ def _outcome(run: Path) -> dict[str, Any]:
     found |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in ("step", "epoch", "batch", "loss_sum")}
     found |= {"checkpoint.log_history": checkpoint.log_history, "checkpoints": 1 + len(older)}
     for part, tensors in (("owner", checkpoint.tensors), ("middle", middle)):
-        found |= {f"{part}: {name}": _bits(tensor) for name, tensor in tensors.items()}
+        # But for the hijacking alarm: which rows it looks at is no function of the run.
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("hijack/")}
+        found |= {f"{part}: {name}": _bits(tensor) for name, tensor in own.items()}
     found["model.safetensors"] = (run / "model.safetensors").read_bytes()
     return found
 

@@ -23,6 +23,18 @@ POSTGRES_MISSING: Final = "no PostgreSQL server here (initdb and postgres): apt-
 DRIVER_MISSING: Final = "no PostgreSQL driver here: pip install 'cloister[postgres]'"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_ledger_of_the_tests_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes into the ledger of whoever runs it; processes that tests start inherit the variable."""
+    before = os.environ.get("CLOISTER_LEDGER")
+    os.environ["CLOISTER_LEDGER"] = f"sqlite:///{tmp_path_factory.mktemp('ledger') / 'privacy.sqlite'}"
+    yield
+    if before is None:
+        del os.environ["CLOISTER_LEDGER"]
+    else:
+        os.environ["CLOISTER_LEDGER"] = before
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """The SQLAlchemy URL of a PostgreSQL that starts empty and lives as long as the test run."""

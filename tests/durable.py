@@ -135,7 +135,13 @@ def outcome(
     noted = watch or Watch()
     settings: dict[str, Any] = {"optimizer": OPTIMIZER, "micro_batches": 2, "seed": 7, "reconnect_s": 30.0, **options}
     trainer = cloister.Trainer(
-        cut(whole, head=head), node=node, identity=owner, checkpoints=plan, callbacks=[noted], **settings
+        cut(whole, head=head),
+        policy=cloister.CLEAR,
+        node=node,
+        identity=owner,
+        checkpoints=plan,
+        callbacks=[noted],
+        **settings,
     )
     seed_everything(seed)
     with trainer:

@@ -16,6 +16,7 @@ from client_side.spawn import LocalNode
 from client_side.trainer import Trainer
 from client_side.unsplit import UnsplitTrainer
 from examples import models
+from privacy.policy import CLEAR
 from wire.errors import CutError, StateRejectedError
 from wire.interpreter import Runner
 from wire.program import Graph
@@ -831,6 +832,7 @@ def trained_by_cloister(
     optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=1e-3)
     with Trainer(
         made,
+        policy=CLEAR,
         node=node.address,
         identity=node.owner,
         optimizer=optimizer,

@@ -54,6 +54,7 @@ from tests.durable import (
     resumed_as,
     undisturbed,
 )
+from tests.released import released
 from tests.wire_client import new_owner
 from wire.codec import encode
 from wire.errors import CheckpointError, ConfigError, StateRejectedError
@@ -333,7 +334,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_told_apart(a: LocalNode, tor
     before = sorted(path.name for path in (torn / "checkpoints").iterdir())
     settings: dict[str, Any] = {"optimizer": OPTIMIZER, "micro_batches": 2, "seed": 7, **changes}
     other = cloister.Trainer(
-        cut(make()), node=a.address, identity=a.owner, checkpoints=Checkpoints(folder=torn), **settings
+        cut(make()),
+        policy=cloister.CLEAR,
+        node=a.address,
+        identity=a.owner,
+        checkpoints=Checkpoints(folder=torn),
+        **settings,
     )
 
     with pytest.raises(CheckpointError, match=f"belongs to another run: .*{said}"):
@@ -785,7 +791,7 @@ def test_T14_a_session_that_is_lost_is_opened_anew_where_it_was(a: LocalNode, b:
 
 def a_frame(step: int, micro_batch: int = 0, size: int = 100) -> SentFrame:
     filler = torch.full((size,), float(step))
-    return encode_frame(step=step, micro_batch=micro_batch, phase=node_pb2.PHASE_FORWARD, tensors=[filler])
+    return encode_frame(step=step, micro_batch=micro_batch, phase=node_pb2.PHASE_FORWARD, tensors=[released(filler)])
 
 
 def segments(folder: Path) -> list[str]:
@@ -973,8 +979,8 @@ def test_a_frame_is_encoded_as_protobuf_itself_encodes_it(  # noqa: PLR0917 - Hy
         phase=phase,
         update=update,
         loss_weight=weight,
-        tensors=sent,
-        labels=labels,
+        tensors=[None if t is None else released(t) for t in sent],
+        labels=None if labels is None else released(labels),
     )
     from protos import tensor_pb2  # noqa: PLC0415
 

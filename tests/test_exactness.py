@@ -106,6 +106,7 @@ def test_split_training_equals_unsplit_training_to_the_bit(
         heard = Losses()
         with cloister.Trainer(
             cut,
+            policy=cloister.CLEAR,
             node=node.address,
             identity=node.owner,
             optimizer=OPTIMIZERS[optimizer],
@@ -133,7 +134,13 @@ def test_two_threads_a_process_are_exact_too(tmp_path: Path) -> None:
     with (
         cloister.LocalNode(tmp_path, threads=2) as two,
         cloister.Trainer(
-            cut, node=two.address, identity=two.owner, optimizer=OPTIMIZERS["sgd"], micro_batches=2, seed=7
+            cut,
+            policy=cloister.CLEAR,
+            node=two.address,
+            identity=two.owner,
+            optimizer=OPTIMIZERS["sgd"],
+            micro_batches=2,
+            seed=7,
         ) as trainer,
     ):
         trainer.fit(loader(RESNET), EPOCHS)
@@ -154,7 +161,11 @@ def test_the_reference_is_a_plain_loop_over_the_uncut_model(node: cloister.Local
             optimizer.zero_grad()
     cut = cloister.cut(split, front=RESNET.front, head=RESNET.head, example=RESNET.example)
     with cloister.Trainer(
-        cut, node=node.address, identity=node.owner, optimizer=cloister.SGD(lr=0.05, momentum=0.9)
+        cut,
+        policy=cloister.CLEAR,
+        node=node.address,
+        identity=node.owner,
+        optimizer=cloister.SGD(lr=0.05, momentum=0.9),
     ) as trainer:
         trainer.fit(loader(RESNET), EPOCHS)
         predicted = trainer.predict(RESNET.example)
@@ -175,7 +186,12 @@ def test_a_loop_of_ones_own_through_a_remote_middle_is_exact(node: cloister.Loca
     cut = cloister.cut(split, front=RESNET.front, head=RESNET.head, example=RESNET.example)
     assert cut.head is not None
     middle = cloister.RemoteMiddle(
-        cut, node=node.address, identity=node.owner, optimizer=cloister.SGD(lr=0.05), max_rows=BATCH
+        cut,
+        policy=cloister.CLEAR,
+        node=node.address,
+        identity=node.owner,
+        optimizer=cloister.SGD(lr=0.05),
+        max_rows=BATCH,
     )
     theirs = torch.optim.SGD(plain.parameters(), lr=0.05)
     own = torch.optim.SGD(cut.owner_parameters(), lr=0.05)
@@ -214,6 +230,7 @@ def test_T14_a_link_that_breaks_again_and_again_changes_no_number(node: cloister
 
         with cloister.Trainer(
             cut,
+            policy=cloister.CLEAR,
             node=NodeAddress(target=f"localhost:{relay.port}", pin=node.identity.fingerprint),
             identity=node.owner,
             optimizer=OPTIMIZERS["adamw"],

@@ -19,6 +19,7 @@ from client_side import stream as stream_module
 from client_side.frames import encode_frame
 from client_side.link import Link, NodeAddress
 from protos import node_pb2, node_pb2_grpc, tensor_pb2
+from tests.released import released
 from wire import errors
 from wire.channels import server_credentials, server_options
 from wire.codec import encode
@@ -133,7 +134,9 @@ def cut() -> cloister.Cut:
 
 
 def trainer(cut: cloister.Cut, address: NodeAddress, owner: cloister.Identity, **options: Any) -> cloister.Trainer:
-    return cloister.Trainer(cut, node=address, identity=owner, optimizer=cloister.SGD(lr=0.1), loss="mse", **options)
+    return cloister.Trainer(
+        cut, policy=cloister.CLEAR, node=address, identity=owner, optimizer=cloister.SGD(lr=0.1), loss="mse", **options
+    )
 
 
 BATCHES = [(torch.ones(ROWS, FEATURES), torch.zeros(ROWS, FEATURES))]
@@ -293,7 +296,11 @@ def test_T14_a_node_that_falls_silent_is_hung_up_on_and_asked_again(
 
     servicer.answer = silent_at_first
     link = Link(address, identities[0])
-    link.send(encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)]))
+    link.send(
+        encode_frame(
+            step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[released(torch.ones(ROWS, FEATURES))]
+        )
+    )
     started = time.monotonic()
     answer = link.receive()
     link.close()
@@ -309,10 +316,16 @@ def test_T14_a_node_that_is_gone_for_good_ends_with_what_to_check(
     with lying_node(identities, tmp_path) as (_, address):
         link = Link(address, identities[0], reconnect_s=1.0)
         link.send(
-            encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[torch.ones(ROWS, FEATURES)])
+            encode_frame(
+                step=0, micro_batch=0, phase=node_pb2.PHASE_FORWARD, tensors=[released(torch.ones(ROWS, FEATURES))]
+            )
         )
         link.receive()
-    link.send(encode_frame(step=0, micro_batch=0, phase=node_pb2.PHASE_BACKWARD, tensors=[torch.ones(ROWS, FEATURES)]))
+    link.send(
+        encode_frame(
+            step=0, micro_batch=0, phase=node_pb2.PHASE_BACKWARD, tensors=[released(torch.ones(ROWS, FEATURES))]
+        )
+    )
 
     with pytest.raises(errors.UnreachableError, match="did not come back within 1 s"):
         link.receive()

@@ -33,6 +33,7 @@ from client_side.link import Link, NodeAddress, SessionRequest
 from client_side.spawn import LocalNode
 from client_side.trainer import Trainer
 from client_side.unsplit import UnsplitTrainer
+from privacy.policy import CLEAR
 from protos import node_pb2
 from server_side.accounts import Limits
 from server_side.keeper import Keeper
@@ -41,6 +42,7 @@ from server_side.metrics import Metrics
 from server_side.node import NodeConfig, start_node
 from server_side.opening import Opening
 from server_side.table import SessionRow, SessionState, SessionTable
+from tests.released import released
 from tests.wire_client import Good, Job, WireClient, frame, new_owner, plan_of_job, reason_of
 from wire.errors import SessionLostError, UnreachableError, WireError, error_from_rpc
 from wire.identity import Identity, create_identity, load_identity
@@ -107,7 +109,7 @@ def request_of(job: Job) -> SessionRequest:
     return SessionRequest(
         program=job.program,
         program_digest=job.digest,
-        tensors={STATE_PREFIX + name: tensor for name, tensor in job.state.items()},
+        tensors={STATE_PREFIX + name: released(tensor) for name, tensor in job.state.items()},
         topology=node_pb2.TOPOLOGY_U_SHAPE,
         loss=None,
         optimizer=job.optimizer,
@@ -140,7 +142,7 @@ def test_T07_a_node_killed_in_the_middle_of_a_step_is_told_and_comes_back_clean(
     try:
         for link in (patient, hasty):
             link.open(request_of(tiny))
-            link.send(encode_frame(step=0, micro_batch=0, phase=FORWARD, tensors=[X]))
+            link.send(encode_frame(step=0, micro_batch=0, phase=FORWARD, tensors=[released(X)]))
             link.receive()
         opening.start()
         wait_until(lambda: rows(home).get("open", 0) > 4)
@@ -148,12 +150,12 @@ def test_T07_a_node_killed_in_the_middle_of_a_step_is_told_and_comes_back_clean(
         node.kill()
         opening.join()
 
-        hasty.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True))
+        hasty.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[released(G)], update=True))
         with pytest.raises(UnreachableError, match=r"the node localhost:\d+ did not come back within 0.5 s"):
             hasty.receive()
         left = rows(home)
         assert set(left) == {"open"}
-        patient.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[G], update=True))
+        patient.send(encode_frame(step=0, micro_batch=0, phase=BACKWARD, tensors=[released(G)], update=True))
 
         with LocalNode(home, threads=1, listen=f"localhost:{node.port}") as again:
             with pytest.raises(
@@ -370,6 +372,8 @@ def test_health_and_metrics_tell_how_the_node_is(shared: LocalNode, tiny: Job) -
             health_of(client, "nothing")
         assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
         assert get(shared, "/healthz").strip()
+        # A step counts once it is applied, which is after its answer has left.
+        wait_until(lambda: counts(shared)["steps_total"] == before.get("steps_total", 0) + 2)
         after = counts(shared)
         assert client.close(good.session)
 
@@ -471,6 +475,7 @@ def test_eight_owners_who_train_at_once_all_get_right_numbers(shared: LocalNode)
             together.wait(30)
             with Trainer(
                 split,
+                policy=CLEAR,
                 node=shared.address,
                 identity=owner,
                 seed=number,

@@ -78,6 +78,7 @@ def test_a_resumed_run_reads_nothing_twice_and_ends_in_the_same_bits(node: clois
         loader = DataLoader(data, batch_size=4, sampler=cloister.SeededSampler(data, seed=7))
         with cloister.Trainer(
             cut,
+            policy=cloister.CLEAR,
             node=node.address,
             identity=node.owner,
             optimizer=cloister.SGD(lr=0.01, momentum=0.9),

@@ -437,7 +437,7 @@ def test_the_how_to_does_what_it_says(node: cloister.LocalNode, tmp_path: Path) 
         env=environment(NODE=node.address, PATH=path),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=110,
         check=False,
     )
 

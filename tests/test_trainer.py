@@ -101,7 +101,7 @@ def trainer(
 ) -> cloister.Trainer:
     cut = cloister.cut(model, front=front, head=head, example=torch.zeros(4, FEATURES))
     settings: dict[str, Any] = {"optimizer": cloister.SGD(lr=0.1, momentum=0.9, weight_decay=0.1), **options}
-    return cloister.Trainer(cut, node=node.address, identity=node.owner, **settings)
+    return cloister.Trainer(cut, policy=cloister.CLEAR, node=node.address, identity=node.owner, **settings)
 
 
 def plain_loop(model: nn.Module, data: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -144,6 +144,7 @@ def test_an_output_without_gradient_moves_nothing_in_a_loop_of_ones_own_either(n
     assert cut.head is not None
     middle = cloister.RemoteMiddle(
         cut,
+        policy=cloister.CLEAR,
         node=node.address,
         identity=node.owner,
         optimizer=cloister.SGD(lr=0.1, momentum=0.9, weight_decay=0.1),

@@ -6,6 +6,10 @@ The tree::
     ├── ConfigError               a job file, flag or argument is wrong (never crosses the wire)
     ├── CutError                  a model cannot be cut as asked (never crosses the wire)
     ├── CheckpointError           a checkpoint or its disk fails, or is another run's (never crosses the wire)
+    ├── ReleaseRefusedError       what the policy does not name stays here (never crosses the wire)
+    │   └── BudgetSpentError          one release more would cost more than may be spent
+    ├── LedgerError               the privacy ledger cannot be written, or has forgotten something (never crosses)
+    ├── HijackSuspectedError      the node's gradients steer the front (never crosses the wire)
     ├── IdentityError             a key, certificate or pin is missing, damaged or refused locally
     ├── UnreachableError          no node answered in time                          UNAVAILABLE
     └── WireError                 crosses the wire, with a status and a stable reason
@@ -44,6 +48,7 @@ from grpc_status import rpc_status
 
 __all__ = [
     "DOMAIN",
+    "BudgetSpentError",
     "BusyError",
     "CheckpointError",
     "CloisterError",
@@ -51,13 +56,16 @@ __all__ = [
     "ConfigError",
     "CutError",
     "DrainingError",
+    "HijackSuspectedError",
     "IdentityError",
     "InternalError",
+    "LedgerError",
     "LimitExceededError",
     "MessageRejectedError",
     "NonFiniteError",
     "NotAuthorizedError",
     "ProgramRejectedError",
+    "ReleaseRefusedError",
     "SessionLostError",
     "SessionNotFoundError",
     "SessionReusedError",
@@ -93,6 +101,22 @@ class CutError(CloisterError):
 
 class CheckpointError(CloisterError):
     """A checkpoint is damaged, cannot be written, or belongs to another run."""
+
+
+class ReleaseRefusedError(CloisterError):
+    """The policy does not let this leave."""
+
+
+class BudgetSpentError(ReleaseRefusedError):
+    """One release more would cost more than may be spent on this data set."""
+
+
+class LedgerError(CloisterError):
+    """The privacy ledger cannot be written, or knows less than it once did."""
+
+
+class HijackSuspectedError(CloisterError):
+    """The input gradients of a node steer the front instead of following the labels."""
 
 
 class IdentityError(CloisterError):

@@ -16,11 +16,13 @@ from wire.errors import StateRejectedError
 __all__ = [
     "CHUNK_BYTES",
     "OPTIMIZER_PREFIX",
+    "ROWS_PREFIX",
     "STATE_PREFIX",
     "chunks",
     "dump_state",
     "gather",
     "load_state",
+    "rows_of",
     "sha256",
     "split_state",
     "tensor_digest",
@@ -28,6 +30,7 @@ __all__ = [
 
 STATE_PREFIX: Final = "state/"
 OPTIMIZER_PREFIX: Final = "optimizer/"
+ROWS_PREFIX: Final = "rows/"  # a table that frames name rows of
 CHUNK_BYTES: Final = 4 * 2**20  # large enough to fill a fast link, small enough to share it
 
 
@@ -55,10 +58,10 @@ def load_state(data: bytes) -> dict[str, torch.Tensor]:
 
 
 def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The middle's own tensors and its optimizer's, without their prefixes.
+    """The middle's own tensors and its optimizer's, without their prefixes; :func:`rows_of` gives a table's.
 
     Raises:
-        StateRejectedError: a name under neither prefix.
+        StateRejectedError: a name under no prefix of these.
     """
     state, optimizer = {}, {}
     for name, tensor in tensors.items():
@@ -66,9 +69,14 @@ def split_state(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
             state[name.removeprefix(STATE_PREFIX)] = tensor
         elif name.startswith(OPTIMIZER_PREFIX):
             optimizer[name.removeprefix(OPTIMIZER_PREFIX)] = tensor
-        else:
+        elif not name.startswith(ROWS_PREFIX):
             raise StateRejectedError(f"a tensor called {name[:80]!r}, which is no state")
     return state, optimizer
+
+
+def rows_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The table's tensors among a session's, without their prefix: ``"0"`` and perhaps ``"labels"``."""
+    return {n.removeprefix(ROWS_PREFIX): t for n, t in tensors.items() if n.startswith(ROWS_PREFIX)}
 
 
 def tensor_digest(tensor: torch.Tensor) -> bytes:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import typer
 
-from cloister.assembly import cut_model, first_inputs, greet_node, make_loader, make_model, new_trainer, owner_of
+from cloister.assembly import (
+    at_home,
+    cut_model,
+    first_inputs,
+    greet_node,
+    make_loader,
+    make_model,
+    new_trainer,
+    owner_of,
+)
 from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
 from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
@@ -60,7 +69,8 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model on a job's test data through a node.
 
-    Inputs, labels, front and head stay here, as in training; the node gets the middle of these weights.
+    Inputs, labels, front and head stay here, as in training; the node gets the middle of these weights. Where the job's
+    policy keeps inference at home, no node is asked.
 
     Example: [bold]cloister eval examples/digits.toml --weights runs/digits/model.safetensors[/]
     """
@@ -69,7 +79,7 @@ def evaluate(
     owner = owner_of(job)
     display = ProgressDisplay()
     with remarks(display):
-        display.say(greet_node(job, owner))
+        display.say("at home: nothing leaves" if at_home(job) else greet_node(job, owner))
         model = make_model(job)
         digest = load_weights(model, weights)
         made = cut_model(job, model, first_inputs(job, "test"))

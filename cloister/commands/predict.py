@@ -15,7 +15,7 @@ from torch import nn
 
 from client_side.cutting import Cut
 from cloister.arrays import load_arrays, save_array
-from cloister.assembly import call_factory, cut_model, greet_node, make_model, new_trainer, owner_of
+from cloister.assembly import at_home, call_factory, cut_model, greet_node, make_model, new_trainer, owner_of
 from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
 from cloister.jobs import Job
 from cloister.output import Format, FormatOption, print_record
@@ -89,7 +89,7 @@ def predict(
     rows = _inputs(job, inputs)
     display = ProgressDisplay()
     with remarks(display):
-        display.say(greet_node(job, owner))
+        display.say("at home: nothing leaves" if at_home(job) else greet_node(job, owner))
         model = make_model(job)
         digest = load_weights(model, weights)
         _refuse_other_floats(model, rows, inputs)

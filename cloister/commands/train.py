@@ -66,6 +66,10 @@ class TrainResult:
     model: Path
     model_sha256: str
     program_sha256: str
+    epsilon: float | None
+    delta: float | None
+    data_set: str | None
+    claim: str | None
     interrupted: bool
 
 
@@ -132,6 +136,8 @@ def train_job(job: Job, fmt: Format, *, force: bool, resume: bool) -> None:
                 display.say(f"the run stands at its newest checkpoint; go on with `{again}`")
             raise
     print_record(result, fmt)
+    if result.claim is not None:
+        display.say(result.claim)
     if result.interrupted:
         display.say(f"stopped after step {result.steps}; go on with `{again}`. The model so far is in {result.model}")
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -168,6 +174,7 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             file = folder.path / MODEL_FILE
             digest = save_weights(made.reassemble(), file)
             tested = None if interrupted else _test(job, trainer)
+            claim = trainer.guard.claim
         result = TrainResult(
             epochs=_whole_epochs(trainer.state),
             steps=trainer.state.global_step,
@@ -182,6 +189,10 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             model=file,
             model_sha256=digest,
             program_sha256=made.program.digest.hex(),
+            epsilon=None if claim is None else _finite(claim.spent.epsilon),
+            delta=None if claim is None else claim.spent.delta,
+            data_set=trainer.guard.data_set,
+            claim=None if claim is None else claim.sentence,
             interrupted=interrupted,
         )
         folder.finish(dataclasses.asdict(result))

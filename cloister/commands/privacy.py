@@ -1,0 +1,317 @@
+"""``cloister privacy``: what was spent on each data set, what a job would spend, and the history of releases."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client_side.records import data_set_of
+from cloister.assembly import cut_model, first_inputs, make_loader, make_model
+from cloister.joboptions import JobArgument, SetOption, job_from
+from cloister.jobs import Job
+from cloister.output import Format, FormatOption, print_record, print_rows, progress_console
+from privacy.accounting import Event, Gaussian, Relation, SampledGaussian, epsilon_of
+from privacy.claims import claim_of
+from privacy.guard import fresh_releases
+from privacy.ledger import Budget, Entry, Ledger, Release
+from privacy.policy import Aggregate, Moments, Policy, holes
+from privacy.tables import plan_table
+from wire.errors import ConfigError
+
+__all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        metavar="URL",
+        help="sqlite:////… or postgresql+psycopg://…; CLOISTER_LEDGER, or your own, if not said.",
+    ),
+]
+DeltaOption = Annotated[float, typer.Option(help="δ at which ε is told; below 1 over the number of records.")]
+RelationOption = Annotated[Relation, typer.Option(help="Which data sets count as neighbours.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusLine:
+    """One data set.
+
+    Attributes:
+        data_set: its digest, or its name.
+        unit: whose contribution is bounded.
+        runs: that released anything.
+        releases: entries in the ledger.
+        epsilon: spent, under the relation asked for.
+        other_epsilon: under the other one.
+        left: of the budget asked about.
+    """
+
+    data_set: str
+    unit: str
+    runs: int
+    releases: int
+    epsilon: float | str
+    other_epsilon: float | str
+    left: float | str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryLine:
+    """One release, and what was spent with it."""
+
+    number: int
+    at: str
+    run: str
+    step: int
+    kind: str
+    treatment: str
+    event: str
+    epsilon: float | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanLine:
+    """One release that a job would make.
+
+    Attributes:
+        kind: of what.
+        treatment: how.
+        noise: standard deviation, in the unit of the clip (``moments``: of the vector of unit-norm moments).
+        times: how often it happens in the whole run.
+        epsilon: of this release alone, in the whole run.
+        signal_to_noise: of what a node learns from: one row's norm, or one class mean's, over its noise's.
+    """
+
+    kind: str
+    treatment: str
+    noise: float | None
+    times: int
+    epsilon: float | str
+    signal_to_noise: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a job would spend."""
+
+    data_set: str
+    records: int
+    unit: str
+    relation: str
+    delta: float
+    spent_before: float | str
+    spent_after: float | str
+    budget: float | str
+    fits: bool
+    releases: list[PlanLine]
+    holes: list[str]
+
+
+@app.command()
+def status(
+    *,
+    data_set: Annotated[
+        str | None, typer.Option(help="One data set alone, with the sentence that may be claimed.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The budget, to tell what is left of it.")] = None,
+    delta: DeltaOption = 1e-5,
+    relation: RelationOption = Relation.REPLACE_ONE,
+    ledger: LedgerOption = None,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Show what was spent on each data set, by all runs together.
+
+    Example: [bold]cloister privacy status --epsilon 4[/]
+    """
+    book = Ledger(ledger)
+    names = book.data_sets() if data_set is None else [data_set]
+    lines = [_status(book.entries(name), name, epsilon, delta, relation) for name in names]
+    if not lines and fmt is Format.TABLE:
+        typer.echo(f"nothing was released yet (ledger {book.name})", err=True)
+        return
+    print_rows(lines, fmt)
+    if data_set is not None and fmt is Format.TABLE:
+        claim = claim_of(book.entries(data_set), delta=delta, relation=relation)
+        typer.echo(claim.sentence)
+        for assumption in claim.assumptions:
+            typer.echo(f"  assuming: {assumption}")
+
+
+@app.command()
+def history(
+    data_set: Annotated[str, typer.Argument(metavar="DATA_SET", help="Its digest or name, as status shows it.")],
+    *,
+    delta: DeltaOption = 1e-5,
+    relation: RelationOption = Relation.REPLACE_ONE,
+    plot: Annotated[Path | None, typer.Option(help="Also draw ε over the releases into this PNG.")] = None,
+    ledger: LedgerOption = None,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Show every release on a data set, and how ε grew.
+
+    Example: [bold]cloister privacy history cohort-2024 --plot spent.png[/]
+    """
+    book = Ledger(ledger)
+    book.verify()
+    entries = book.entries(data_set)
+    if not entries:
+        raise ConfigError(f"the ledger {book.name} knows no data set {data_set}; `cloister privacy status` shows all")
+    totals = [epsilon_of([e.event for e in entries[: n + 1]], delta, relation) for n in range(len(entries))]
+    print_rows([_history(entry, total) for entry, total in zip(entries, totals, strict=True)], fmt)
+    if plot is not None:
+        _draw(plot, data_set, totals, delta, relation)
+        progress_console().print(f"drawn into {plot}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    job_file: JobArgument,
+    *,
+    settings: SetOption = None,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Show what a job would spend, and how much noise that means, before anything leaves.
+
+    Reads the data to name it, makes the model to count what crosses the cut; asks no node.
+
+    Example: [bold]cloister privacy plan job.toml --set privacy.epsilon=1.0[/]
+    """
+    job = job_from(job_file, settings)
+    found = planned(job)
+    if fmt is Format.JSON:
+        print_record(found, fmt)
+        return
+    print_record(dataclasses.replace(found, releases=[], holes=[]), fmt)
+    if found.releases:
+        print_rows(found.releases, fmt)
+    for hole in found.holes:
+        typer.echo(f"no finite ε: {hole}")
+
+
+def planned(job: Job) -> Plan:
+    """What ``job`` would spend.
+
+    Raises:
+        ConfigError: the job's data cannot be named, or a treatment lacks its noise and a budget.
+        BudgetSpentError: nothing is left.
+    """
+    policy, loader = job.privacy.policy(), make_loader(job, "train")
+    made = cut_model(job, make_model(job), first_inputs(job, "train"))
+    name = job.privacy.data_set or data_set_of(loader, read=True)
+    if name is None:
+        raise ConfigError('privacy: this loader has no data set that could be named by its digest: set data_set = "…"')
+    records = len(data) if isinstance(data := getattr(loader, "dataset", None), Sized) else 0
+    width = sum(math.prod(spec.shape) for spec in made.program.inputs)
+    before = [entry.event for entry in Ledger(job.privacy.ledger).entries(name)]
+    gaps = holes(
+        policy,
+        vanilla=made.head is None,
+        front_learns=any(p.requires_grad for p in made.front.parameters()),
+        head_learns=made.head is not None and any(p.requires_grad for p in made.head.parameters()),
+    )
+    releases = _releases(policy, before, job.train.epochs)
+    after = math.inf if gaps else epsilon_of([*before, *(r.event for r in releases)], policy.delta, policy.relation)
+    return Plan(
+        data_set=name,
+        records=records,
+        unit=policy.unit,
+        relation=str(policy.relation),
+        delta=policy.delta,
+        spent_before=_shown(epsilon_of(before, policy.delta, policy.relation)),
+        spent_after=_shown(after),
+        budget=_shown(policy.epsilon),
+        fits=after <= policy.epsilon * (1 + 1e-9),
+        releases=[_plan_line(release, policy, records, width) for release in releases],
+        holes=gaps,
+    )
+
+
+def _releases(policy: Policy, before: Sequence[Event], epochs: int) -> list[Release]:
+    budget = Budget(policy.epsilon, policy.delta, policy.relation)
+    found = () if policy.table is None else plan_table(policy, budget, tuple(before)).releases
+    return [*found, *fresh_releases(policy, epochs=epochs)]
+
+
+def _plan_line(release: Release, policy: Policy, records: int, width: int) -> PlanLine:
+    event = release.event
+    noise = event.noise if isinstance(event, Gaussian) else None
+    times = event.count if isinstance(event, Gaussian) else 1
+    if isinstance(event, SampledGaussian):
+        noise, times = event.noise_multiplier, event.steps
+    ratio = None
+    if noise is not None:
+        per_class = records / (policy.classes or 1)
+        summed = {Aggregate: per_class * getattr(policy.activations, "rate", 1.0), Moments: per_class}
+        ratio = summed.get(type(policy.activations), 1.0) / (noise * math.sqrt(width))
+    return PlanLine(
+        kind=release.kind,
+        treatment=release.treatment,
+        noise=None if noise is None else round(noise, 4),
+        times=times,
+        epsilon=_shown(epsilon_of([event], policy.delta, policy.relation)),
+        signal_to_noise=None if ratio is None else round(ratio, 4),
+    )
+
+
+def _status(entries: Sequence[Entry], name: str, budget: float | None, delta: float, relation: Relation) -> StatusLine:
+    claim = claim_of(entries, delta=delta, relation=relation)
+    left = None if budget is None else max(0.0, budget - claim.spent.epsilon)
+    return StatusLine(
+        data_set=name,
+        unit=claim.spent.unit,
+        runs=len({entry.run for entry in entries}),
+        releases=claim.releases,
+        epsilon=_shown(claim.spent.epsilon),
+        other_epsilon=_shown(claim.other),
+        left=None if left is None else _shown(left),
+    )
+
+
+def _history(entry: Entry, total: float) -> HistoryLine:
+    told = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in _told(entry)
+    )
+    return HistoryLine(
+        number=entry.number,
+        at=entry.at,
+        run=entry.run,
+        step=entry.step,
+        kind=entry.kind,
+        treatment=entry.treatment,
+        event=told,
+        epsilon=_shown(total),
+    )
+
+
+def _told(entry: Entry) -> list[tuple[str, object]]:
+    return [(f.name.replace("_", " "), getattr(entry.event, f.name)) for f in dataclasses.fields(entry.event)]
+
+
+def _shown(epsilon: float) -> float | str:
+    """JSON has no infinity."""
+    return "infinite" if math.isinf(epsilon) else round(epsilon, 4)
+
+
+def _draw(path: Path, data_set: str, totals: Sequence[float], delta: float, relation: Relation) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - takes half a second
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    finite = [total for total in totals if math.isfinite(total)]
+    axes.step(range(1, len(finite) + 1), finite, where="post", color="#1f5fa8", linewidth=2)
+    if len(finite) < len(totals):
+        axes.axvline(len(finite) + 1, color="#b03030", linestyle="--", label="in the clear from here: ε is infinite")
+        axes.legend()
+    axes.set(xlabel="release", ylabel="ε spent", ylim=(0, None), title=f"{data_set[:40]}  (δ = {delta:g}, {relation})")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)

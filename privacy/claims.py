@@ -1,0 +1,88 @@
+"""The sentence that may be claimed for a data set, with its assumptions; and the one that says that none may be.
+
+A claim is about everything the node saw in all runs on the data set. What it leaves out is said beside it: differential
+privacy bounds what a record adds, not what the population tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from privacy.accounting import PrivacySpent, Relation, SampledGaussian, Unbounded, epsilon_of
+from privacy.ledger import Entry
+
+__all__ = ["Claim", "claim_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What may be said.
+
+    Attributes:
+        spent: under the relation that was asked for.
+        other: ε under the other relation, which is printed beside it.
+        sentence: for people who are not of the trade.
+        assumptions: what it rests on; each must hold.
+        releases: how many entries of the ledger it sums up.
+    """
+
+    spent: PrivacySpent
+    other: float
+    sentence: str
+    assumptions: tuple[str, ...]
+    releases: int
+
+
+def claim_of(entries: Sequence[Entry], *, delta: float, relation: Relation, unit: str = "record") -> Claim:
+    """The claim that a data set's whole ledger supports.
+
+    Args:
+        entries: all of one data set.
+        delta: below 1/n.
+        relation: which data sets count as neighbours.
+        unit: where nothing was released yet.
+    """
+    events = [entry.event for entry in entries]
+    unit = entries[0].unit if entries else unit
+    spent = PrivacySpent(epsilon_of(events, delta, relation), delta, relation, unit)
+    second = Relation.ADD_REMOVE if relation is Relation.REPLACE_ONE else Relation.REPLACE_ONE
+    other = epsilon_of(events, delta, second)
+    if not entries:
+        return Claim(spent, other, "Nothing was released on this data set.", (), 0)
+    if math.isinf(spent.epsilon):
+        reasons = dict.fromkeys(event.reason for event in events if isinstance(event, Unbounded))
+        return Claim(spent, other, f"No differential privacy may be claimed: {'; '.join(reasons)}.", (), len(entries))
+    return Claim(spent, other, _sentence(spent), _assumptions(entries), len(entries))
+
+
+def _sentence(spent: PrivacySpent) -> str:
+    changed = (
+        f"one {spent.unit} were replaced by any other"
+        if spent.relation is Relation.REPLACE_ONE
+        else f"one {spent.unit} were added, removed, or blanked out"
+    )
+    return (
+        "Whatever the nodes do with everything they received in all runs on this data set, no outcome becomes more "
+        f"than {math.exp(spent.epsilon):.3g} times as likely if {changed}, but for a probability of {spent.delta:.1g} "
+        f"((ε, δ)-differential privacy with ε = {spent.epsilon:.3g}, δ = {spent.delta:.1g}, per {spent.unit})."
+    )
+
+
+def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
+    treatments = {entry.treatment for entry in entries}
+    found = [
+        "the front, and the middle before training, were made without this data",
+        "how many records there are, the number of classes, the model and the settings are no secret",
+        "nothing was chosen by looking at this data outside the ledger (settings tuned on it, published accuracies)",
+        "noise comes from the operating system's generator, in float64 rounded to a grid (Mironov 2012), no full proof",
+        "the owner's machine, its ledger and this implementation are as they should be",
+    ]
+    if any(isinstance(entry.event, SampledGaussian) for entry in entries):
+        found.append("which records joined which sample stays secret")
+    if treatments & {"rows", "gaussian", "dp_sgd"}:
+        found.append("that a record takes part, and in which batch, is no secret")
+    if entries[0].unit != "record":
+        found.append(f"the {entries[0].unit} ids say rightly which records belong together")
+    return tuple(found)

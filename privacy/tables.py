@@ -1,0 +1,346 @@
+"""Releases of whole tables: rows, and their labels, that leave once and are then trained on for any number of epochs.
+
+Whatever is computed from a table afterwards, here or on the node, tells nothing more (post-processing). What each table
+costs stands in :func:`plan_table`, beside the mechanism that makes it in :func:`make_table`.
+
+Shapes: ``N`` records, ``D`` features of one record's activation (any shape ``...`` flattened), ``K`` classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from privacy.accounting import (
+    Event,
+    Gaussian,
+    RandomizedResponse,
+    Relation,
+    SampledGaussian,
+    epsilon_of,
+    gaussian_noise,
+    sampled_noise,
+)
+from privacy.ledger import Budget, Release
+from privacy.mechanisms import Moments as NoisyMoments
+from privacy.mechanisms import (
+    Noise,
+    clip_rows,
+    moments_sensitivity,
+    noisy_moments,
+    noisy_rows,
+    noisy_sums,
+    randomize_labels,
+)
+from privacy.policy import Aggregate, Moments, Policy, RandomizedLabels, Rows
+from wire.errors import BudgetSpentError, ConfigError
+
+__all__ = ["Records", "ReleasedTable", "TablePlan", "make_table", "plan_table"]
+
+_LEAST_LEFT: Final = 0.01  # of a budget: with less, a release would be noise alone
+_FLOOR: Final = 1e-6  # of a covariance's eigenvalues, relative to the largest: what is below is noise
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What a front makes of a data set: activations [N, ...], labels [N], and whose each record is, [N]."""
+
+    activations: Tensor = dataclasses.field(repr=False)
+    labels: Tensor = dataclasses.field(repr=False)
+    units: Tensor | None = dataclasses.field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedTable:
+    """Rows [M, ...] and labels [M] (none, where they stay) that may leave, as often as one likes."""
+
+    rows: Tensor = dataclasses.field(repr=False)
+    labels: Tensor | None = dataclasses.field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TablePlan:
+    """A table's treatment with its noise settled, and what it costs."""
+
+    treatment: Rows | Aggregate | Moments
+    releases: tuple[Release, ...]
+
+
+def plan_table(policy: Policy, budget: Budget, before: tuple[Event, ...] = ()) -> TablePlan:
+    """Settles the noise that the budget asks for, where the policy leaves it open.
+
+    Args:
+        policy: names a treatment that releases a table.
+        budget: what may be spent.
+        before: what was spent on this data set already.
+
+    Raises:
+        BudgetSpentError: nothing is left to calibrate to.
+        ConfigError: no budget, and no noise either.
+    """
+    labels: list[Release] = []
+    if isinstance(policy.labels, RandomizedLabels) and policy.classes is not None:
+        event = RandomizedResponse(epsilon=policy.labels.epsilon, classes=policy.classes, count=policy.records_per_unit)
+        labels.append(Release(kind="labels", treatment="randomized_response", event=event))
+    spent = [*before, *(release.event for release in labels)]
+    treatment = policy.table
+    if isinstance(treatment, Rows):
+        settled = dataclasses.replace(treatment, noise=treatment.noise or _rows_noise(policy, budget, spent))
+        return TablePlan(settled, (_release("rows", _rows_event(settled, policy)), *labels))
+    if isinstance(treatment, Aggregate):
+        noise = treatment.noise or _aggregate_noise(treatment, budget, spent)
+        sums = dataclasses.replace(treatment, noise=noise)
+        cost = SampledGaussian(rate=sums.rate, noise_multiplier=noise, steps=sums.releases)
+        return TablePlan(sums, (_release("aggregate", cost), *labels))
+    if isinstance(treatment, Moments):
+        noise = treatment.noise or _moments_noise(treatment, budget, spent)
+        moments = dataclasses.replace(treatment, noise=noise)
+        return TablePlan(moments, (_release("moments", _moments_event(moments)), *labels))
+    raise ConfigError("privacy.activations: this treatment releases no table")
+
+
+def make_table(policy: Policy, plan: TablePlan, records: Records, noise: Noise | None = None) -> ReleasedTable:
+    """Draws the table; its cost must be in the ledger before.
+
+    Raises:
+        ConfigError: labels that are no classes; no unit ids where the policy's unit is not the record.
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    noise = noise or Noise()
+    _check(policy, records)
+    shape = records.activations.shape[1:]
+    flat = records.activations.detach().flatten(1)
+    if isinstance(plan.treatment, Rows):
+        return _rows(policy, plan.treatment, records, noise)
+    if isinstance(plan.treatment, Aggregate):
+        rows, labels = _sums(policy, plan.treatment, flat, records, noise)
+    else:
+        rows, labels = _sampled(policy, plan.treatment, flat, records, noise)
+    return ReleasedTable(rows.reshape(len(rows), *shape), labels)
+
+
+def unit_weights(units: Tensor) -> Tensor:
+    """[N]: each record's share of its unit, so that a unit contributes an average of its records."""
+    _, which, counts = torch.unique(units, return_inverse=True, return_counts=True)
+    return counts[which].to(torch.float64).reciprocal()
+
+
+def sample_rows(moments: NoisyMoments, count: int, noise: Noise) -> tuple[Tensor, Tensor]:
+    """``count`` rows [M, D] and their classes [M], drawn from a Gaussian for each class: post-processing.
+
+    Rows are drawn by the class counts, as far as these are above the noise; covariances are made positive
+    semi-definite; a row's norm is brought to 1, as that of every activation was.
+    """
+    shares = moments.counts.clamp_min(1.0)
+    total = shares.sum()
+    # A class mean is no longer than the records that it averages; where it is, that is noise.
+    means = moments.sums / shares[:, None]
+    means = means / means.norm(dim=1, keepdim=True).clamp_min(1.0)
+    if moments.seconds.shape[0] == 1:
+        within = moments.seconds[0] / total - (means.T * (shares / total)) @ means
+        roots = [_root(within)] * len(shares)
+    else:
+        roots = [_root(s / n - torch.outer(m, m)) for s, n, m in zip(moments.seconds, shares, means, strict=True)]
+    per_class = _apportion(shares / total, count)
+    rows, labels = [], []
+    for number, (mean, root) in enumerate(zip(means, roots, strict=True)):
+        drawn = noise.gaussian((per_class[number], len(mean)), 1.0)
+        rows.append(mean + drawn @ root)
+        labels.append(torch.full((per_class[number],), number, dtype=torch.int64))
+    made = torch.cat(rows)
+    made = made / made.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return made.to(torch.float32), torch.cat(labels)
+
+
+def _release(treatment: str, event: Event) -> Release:
+    return Release(kind="activations", treatment=treatment, event=event)
+
+
+def _rows_event(rows: Rows, policy: Policy) -> Gaussian:
+    reach = math.sqrt(policy.records_per_unit)
+    return Gaussian(sensitivity=reach, sensitivity_replace=2 * reach, noise=rows.noise or 0.0)
+
+
+def _moments_event(moments: Moments) -> Gaussian:
+    c, w = moments.count_weight, moments.second_weight
+    return Gaussian(
+        sensitivity=moments_sensitivity(c, w, Relation.ADD_REMOVE),
+        sensitivity_replace=moments_sensitivity(c, w, Relation.REPLACE_ONE),
+        noise=moments.noise or 0.0,
+    )
+
+
+def _rows_noise(policy: Policy, budget: Budget, spent: list[Event]) -> float:
+    unit = _rows_event(Rows(clip=1.0, noise=1.0), policy)
+    return _gaussian(unit, budget, spent)
+
+
+def _moments_noise(moments: Moments, budget: Budget, spent: list[Event]) -> float:
+    return _gaussian(_moments_event(dataclasses.replace(moments, noise=1.0)), budget, spent)
+
+
+def _gaussian(unit: Gaussian, budget: Budget, spent: list[Event]) -> float:
+    """The noise at which ``unit`` uses up what is left of the budget."""
+    _check_left(budget, spent)
+    reach = unit.sensitivity if budget.relation is Relation.ADD_REMOVE else unit.sensitivity_replace
+    alone = gaussian_noise(epsilon=budget.epsilon, delta=budget.delta, sensitivity=reach)
+    if not spent:
+        return alone
+
+    def fits(noise: float) -> bool:
+        event = dataclasses.replace(unit, noise=noise)
+        return epsilon_of([*spent, event], budget.delta, budget.relation) <= budget.epsilon
+
+    return _smallest(fits, alone)
+
+
+def _aggregate_noise(aggregate: Aggregate, budget: Budget, spent: list[Event]) -> float:
+    _check_left(budget, spent)
+    alone = sampled_noise(
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        rate=aggregate.rate,
+        steps=aggregate.releases,
+        relation=budget.relation,
+    )
+    if not spent:
+        return alone
+
+    def fits(noise: float) -> bool:
+        event = SampledGaussian(rate=aggregate.rate, noise_multiplier=noise, steps=aggregate.releases)
+        return epsilon_of([*spent, event], budget.delta, budget.relation) <= budget.epsilon
+
+    return _smallest(fits, alone)
+
+
+def _smallest(fits: Callable[[float], bool], start: float) -> float:
+    """The least noise that fits, to 0.1 %, from one that would be enough if nothing had been spent."""
+    low, high = start, start
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > start * 2**20:
+            raise BudgetSpentError("privacy budget: too little is left for any release; raise privacy.epsilon")
+    while high / low > 1.001:  # noqa: PLR2004 - finer makes no difference
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _check_left(budget: Budget, spent: list[Event]) -> None:
+    if math.isinf(budget.epsilon):
+        raise ConfigError(
+            "privacy: give a budget to calibrate to (epsilon = 1.0), or the treatment's own noise; "
+            "`cloister privacy plan` shows what they come to"
+        )
+    already = epsilon_of(spent, budget.delta, budget.relation)
+    if already >= budget.epsilon * (1 - _LEAST_LEFT):
+        raise BudgetSpentError(
+            f"privacy budget: ε {already:.4g} of {budget.epsilon:.4g} is spent on this data set; raise "
+            "privacy.epsilon, or stop here"
+        )
+
+
+def _check(policy: Policy, records: Records) -> None:
+    if policy.unit != "record" and records.units is None:
+        raise ConfigError(
+            f'privacy.unit = "{policy.unit}": say whose each record is (units = "module:function" in [privacy], or '
+            "units=… of the Trainer); without, a claim would hold per record only"
+        )
+    if records.units is not None and records.units.shape != records.labels.shape:
+        raise ConfigError(f"{len(records.units)} unit ids for {len(records.labels)} records")
+    treated = isinstance(policy.activations, Aggregate | Moments) or isinstance(policy.labels, RandomizedLabels)
+    if treated and (
+        records.labels.ndim != 1
+        or records.labels.dtype != torch.int64
+        or not int(records.labels.min()) >= 0
+        or int(records.labels.max()) >= (policy.classes or 0)
+    ):
+        raise ConfigError(f"privacy: this treatment takes labels from 0 to {(policy.classes or 0) - 1}, one a record")
+
+
+def _rows(policy: Policy, rows: Rows, records: Records, noise: Noise) -> ReleasedTable:
+    activations, labels = records.activations.detach(), records.labels
+    if records.units is not None:
+        kept = _bounded(records.units, policy.records_per_unit)
+        activations, labels = activations[kept], labels[kept]
+    made = noisy_rows(activations, clip=rows.clip, sigma=rows.clip * (rows.noise or 0.0), noise=noise)
+    if isinstance(policy.labels, RandomizedLabels):
+        labels = randomize_labels(labels, classes=policy.classes or 0, epsilon=policy.labels.epsilon, noise=noise)
+    return ReleasedTable(made, labels)
+
+
+def _bounded(units: Tensor, most: int) -> Tensor:
+    """Indices of at most ``most`` records of each unit, the first ones, in the records' order."""
+    order = torch.argsort(units, stable=True)
+    ordered = units[order]
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    first = torch.cummax(torch.where(starts, torch.arange(len(units)), 0), 0).values
+    return order[torch.arange(len(units)) - first < most].sort().values
+
+
+def _sums(policy: Policy, plan: Aggregate, flat: Tensor, records: Records, noise: Noise) -> tuple[Tensor, Tensor]:
+    """[T*K, D] sums of secret Poisson samples, each divided by how many records a class gives on average."""
+    classes, sigma = policy.classes or 0, plan.clip * (plan.noise or 0.0)
+    rows = clip_rows(flat, plan.clip).to(torch.float64)
+    who = torch.arange(len(flat))
+    if records.units is not None:  # a unit joins with all of its records, and gives their average
+        who = torch.unique(records.units, return_inverse=True)[1]
+        rows = rows * unit_weights(records.units)[:, None]
+    members = int(who.max()) + 1
+    expected = max(1.0, plan.rate * members / classes)
+    made = []
+    for _ in range(plan.releases):
+        joins = (noise.uniform((members,)) < plan.rate)[who]
+        sums = noisy_sums(rows[joins], records.labels[joins], classes=classes, clip=plan.clip, sigma=sigma, noise=noise)
+        made.append(sums / expected)
+    return torch.cat(made).to(torch.float32), torch.arange(classes).repeat(plan.releases)
+
+
+def _sampled(policy: Policy, plan: Moments, flat: Tensor, records: Records, noise: Noise) -> tuple[Tensor, Tensor]:
+    weights = None if records.units is None else unit_weights(records.units)
+    longest = float(flat.norm(dim=1).max())
+    if longest > 1.001:  # noqa: PLR2004 - rounding ends below
+        raise ConfigError(
+            f"moments: the front's activations have norms up to {longest:.3g}, and this treatment takes at most 1: end "
+            "the front with cloister.UnitRows(), so that training and inference see the same"
+        )
+    found = noisy_moments(
+        clip_rows(flat, 1.0),
+        records.labels,
+        classes=policy.classes or 0,
+        count_weight=plan.count_weight,
+        second_weight=plan.second_weight,
+        per_class=plan.per_class,
+        weights=weights,
+        sigma=plan.noise or 0.0,
+        noise=noise,
+    )
+    if plan.rows is None and weights is not None:
+        raise ConfigError("moments: say how many rows to sample (rows = 20000): the number of records tells of a unit")
+    # How many records there are is no secret where a neighbour replaces one; otherwise the noisy count must do.
+    counted = len(flat) if policy.relation is Relation.REPLACE_ONE else max(1, round(float(found.counts.sum())))
+    return sample_rows(found, plan.rows or counted, noise)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """[D, D]: R with RᵀR the nearest positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    values = values.clamp_min(max(float(values.max()), 0.0) * _FLOOR)
+    root: Tensor = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
+    return root
+
+
+def _apportion(shares: Tensor, count: int) -> list[int]:
+    """``count`` in proportion to ``shares``, by largest remainders."""
+    exact = (shares * count).tolist()
+    given = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: exact[i] - given[i], reverse=True)
+    for number in by_rest[: count - sum(given)]:
+        given[number] += 1
+    return given
