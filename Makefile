@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint protos bench docs clean
+.PHONY: help setup demo test chaos audit-dp lint protos bench docs clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -46,11 +46,19 @@ $(STAMP):
 demo: setup  ## train a real model through a real node over mutual TLS, and prove the result
 	$(BIN)/cloister demo
 
-test: setup  ## run the whole test suite
+test: setup  ## run the whole test suite; `make chaos` and `make audit-dp` are its long forms
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
 
-chaos: setup  ## kill owner and nodes 100 times at random moments, and compare the run's bits (some 20 minutes)
+# Kills owner and nodes 100 times at random moments, and compares the run's bits: some 20 minutes.
+chaos: setup
 	$(BIN)/python -m tests.chaos $(CHAOS_FLAGS)
+
+# Tries to catch each treatment, and broken variants of it; kills an owner 200 times and holds its ledger to what left;
+# has a node attack honest owners: about an hour.
+audit-dp: setup
+	$(BIN)/python -m tests.audit_dp
+	$(BIN)/python -m tests.private_chaos --kills 200
+	$(BIN)/python -m tests.fsha
 
 lint: setup  ## check style, types, imports, and that what is generated is up to date
 	$(BIN)/ruff check

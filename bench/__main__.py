@@ -1,4 +1,4 @@
-"""The benchmarks: ``python -m bench [loopback|small|wan|durability|memory|all]``; ``make bench`` writes RESULTS.md."""
+"""The benchmarks: ``python -m bench [loopback|small|wan|durability|memory|privacy|all]``; ``make bench`` writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import durability, loopback, memory, small, wan
+from bench import durability, loopback, memory, privacy, small, wan
 from bench.blocks import tell
 from bench.report import Chapter, as_json, as_markdown
 
 __all__ = ["main"]
 
 RESULTS: Final = Path(__file__).with_name("RESULTS.md")
+PICTURE: Final = Path(__file__).parent.parent / "docs" / "images" / "privacy.png"
 
-#: Each with its full and its quick extent, in the order of the report.
-_BENCHMARKS: Final[dict[str, tuple[Callable[[], Chapter], Callable[[], Chapter]]]] = {
-    "loopback": (lambda: loopback.loopback(loopback.FULL), lambda: loopback.loopback(loopback.QUICK)),
-    "small": (lambda: small.small(small.FULL), lambda: small.small(small.QUICK)),
-    "wan": (lambda: wan.wan(wan.FULL), lambda: wan.wan(wan.QUICK)),
-    "durability": (
-        lambda: durability.durability(durability.FULL),
-        lambda: durability.durability(durability.QUICK),
+#: Each in its full extent, or in its quick one, in the order of the report.
+_BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Chapter]]] = {
+    "loopback": lambda asked: loopback.loopback(loopback.QUICK if asked.quick else loopback.FULL),
+    "small": lambda asked: small.small(small.QUICK if asked.quick else small.FULL),
+    "wan": lambda asked: wan.wan(wan.QUICK if asked.quick else wan.FULL),
+    "durability": lambda asked: durability.durability(durability.QUICK if asked.quick else durability.FULL),
+    "memory": lambda asked: memory.memory(memory.QUICK if asked.quick else memory.FULL),
+    "privacy": lambda asked: privacy.privacy(
+        privacy.QUICK if asked.quick else privacy.FULL, asked.data, PICTURE if asked.write else None
     ),
-    "memory": (lambda: memory.memory(memory.FULL), lambda: memory.memory(memory.QUICK)),
 }
 
 
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     names = list(_BENCHMARKS) if options.what == "all" else [options.what]
-    command = _command(options.what, quick=options.quick)
+    command = _command(options.what, quick=options.quick, data=options.data is not None)
     chapters: list[Chapter] = []
     for name in names:
-        chapters.append(_BENCHMARKS[name][1 if options.quick else 0]())
+        chapters.append(_BENCHMARKS[name](options))
         if options.write:  # after each: what is measured stays measured
             RESULTS.write_text(as_markdown(chapters, command, time.monotonic() - started), encoding="utf-8")
             tell(f"wrote {RESULTS}")
@@ -57,13 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Cloister measured, in ratios of one run.")
     parser.add_argument("what", nargs="?", default="all", choices=[*_BENCHMARKS, "all"], help="one benchmark, or all")
     parser.add_argument("--quick", action="store_true", help="about a minute: the figures are rough")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="for privacy: mnist10k/*.gz (MNIST's test set, IDX) and mitbih/mitbih_beats_128.npz; synthetic beats without",
+    )
     parser.add_argument("--format", default="table", choices=["table", "json"], help="for people, or for programs")
-    parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}, and the plot of privacy")
     return parser
 
 
-def _command(what: str, *, quick: bool) -> str:
-    words = ["python", "-m", "bench", what] + (["--quick"] if quick else [])
+def _command(what: str, *, quick: bool, data: bool = False) -> str:
+    words = ["python", "-m", "bench", what] + (["--quick"] if quick else []) + (["--data", "FOLDER"] if data else [])
     return "make bench" if words[3:] == ["all"] else " ".join(words)
 
 

@@ -85,7 +85,10 @@ def memory(plan: Plan) -> Chapter:
     )
     what = (
         "Each session has trained two steps with momentum and then waits, its stream open, as an idle owner leaves it; "
-        f"memory is read {IDLE_S:g} s after the last one."
+        f"memory is read {IDLE_S:g} s after the last one. Each has a connection of its own, for which gRPC keeps a "
+        "buffer as large as the most that it once read in one go (here the opening's; grpc/grpc issue 42194): "
+        "that is what is held beyond the states. Sessions that share a connection hold little more than their states "
+        "(tests/test_node_faults.py prints the ratio)."
     )
     finding = Finding("Memory of idle sessions over the sum of their states", grown / states, TARGET, at_most=True)
     return Chapter("Idle sessions in a node's memory", what, (Table("Memory", ("", ""), rows),), (finding,))

@@ -34,6 +34,7 @@ from wire.files import read_bounded
 from wire.state import load_state, tensor_digest
 
 __all__ = [
+    "UnitRows",
     "front_digest",
     "frozen",
     "load_public_front",
@@ -66,6 +67,18 @@ class _Frozen(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         made: Tensor = self.module(*inputs)
         return made
+
+
+class UnitRows(nn.Module):
+    """Scales each row [B, ...] to an L2 norm of 1; a row of zeros stays one. It has nothing to learn.
+
+    The end of a front whose activations the treatment ``moments`` releases: training and prediction then see the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows of ``x``'s own shape and dtype; gradients flow through."""
+        norms = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        return x / norms.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def frozen(module: nn.Module) -> nn.Module:

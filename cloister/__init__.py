@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
     from client_side.cutting import Cut, cut
     from client_side.durability import Checkpoints
+    from client_side.fronts import (
+        UnitRows,
+        front_digest,
+        frozen,
+        load_public_front,
+        private_projection,
+        projection,
+        scattering_1d,
+        scattering_2d,
+    )
     from client_side.link import NodeAddress, Traffic
     from client_side.remote import RemoteMiddle
     from client_side.sampling import SeededSampler
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
     from client_side.trainer import Trainer
     from client_side.unsplit import UnsplitTrainer
     from privacy.accounting import PrivacySpent, Relation
+    from privacy.claims import Claim
     from privacy.guard import Guard
     from privacy.ledger import Ledger
     from privacy.policy import (
@@ -43,6 +54,7 @@ if TYPE_CHECKING:
         CloisterError,
         ConfigError,
         CutError,
+        HijackSuspectedError,
         IdentityError,
         LedgerError,
         ReleaseRefusedError,
@@ -62,6 +74,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "Claim",
     "Clear",
     "CloisterError",
     "ConfigError",
@@ -74,6 +87,7 @@ __all__ = [
     "Frozen",
     "GaussianRows",
     "Guard",
+    "HijackSuspectedError",
     "Identity",
     "IdentityError",
     "Included",
@@ -97,19 +111,37 @@ __all__ = [
     "Traffic",
     "TrainState",
     "Trainer",
+    "UnitRows",
     "UnreachableError",
     "UnsplitTrainer",
     "WireError",
     "__version__",
     "create_identity",
     "cut",
+    "front_digest",
+    "frozen",
     "load_identity",
+    "load_public_front",
+    "private_projection",
+    "projection",
+    "scattering_1d",
+    "scattering_2d",
 ]
 
 _HOMES: Final = {
     "client_side.callbacks": ("Callback", "Control", "EpochEnd", "Evaluation", "StepEnd", "TrainState"),
     "client_side.cutting": ("Cut", "cut"),
     "client_side.durability": ("Checkpoints",),
+    "client_side.fronts": (
+        "UnitRows",
+        "front_digest",
+        "frozen",
+        "load_public_front",
+        "private_projection",
+        "projection",
+        "scattering_1d",
+        "scattering_2d",
+    ),
     "client_side.link": ("NodeAddress", "Traffic"),
     "client_side.remote": ("RemoteMiddle",),
     "client_side.sampling": ("SeededSampler",),
@@ -117,6 +149,7 @@ _HOMES: Final = {
     "client_side.trainer": ("Trainer",),
     "client_side.unsplit": ("UnsplitTrainer",),
     "privacy.accounting": ("PrivacySpent", "Relation"),
+    "privacy.claims": ("Claim",),
     "privacy.guard": ("Guard",),
     "privacy.ledger": ("Ledger",),
     "privacy.policy": (
@@ -139,6 +172,7 @@ _HOMES: Final = {
         "CloisterError",
         "ConfigError",
         "CutError",
+        "HijackSuspectedError",
         "IdentityError",
         "LedgerError",
         "ReleaseRefusedError",

@@ -173,14 +173,18 @@ def new_trainer(
         policy=job.privacy.policy(),
         ledger=None if job.privacy.ledger is None else Ledger(job.privacy.ledger),
         data_set=job.privacy.data_set,
-        units=_units(job),
+        units=units_of(job),
         detect_hijacking=job.privacy.detect_hijacking,
         standby=checkpoints is not None and job.node.standby,
     )
 
 
-def _units(job: Job) -> torch.Tensor | None:
-    """Whose each record is."""
+def units_of(job: Job) -> torch.Tensor | None:
+    """Whose each record is; ``None`` where the job does not say.
+
+    Raises:
+        ConfigError: the factory fails, or returns something else than one integer for each record.
+    """
     if job.privacy.units is None:
         return None
     made = call_factory(job, "privacy.units", job.privacy.units, **job.data.args)

@@ -26,6 +26,7 @@ Shapes: ``B`` batch, ``N`` beats, ``W`` waves of a beat, ``T`` samples of a beat
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -39,11 +40,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from client_side.fronts import frozen, projection, scattering_1d
+from client_side.fronts import UnitRows, frozen, projection, scattering_1d
 from wire.errors import ConfigError
 
 __all__ = [
     "CLASSES",
+    "LENGTH",
     "Heartbeats",
     "load",
     "load_mitbih",
@@ -53,6 +55,7 @@ __all__ = [
     "synthetic",
     "test_loader",
     "train_loader",
+    "train_units",
 ]
 
 #: The classes by their label, as MIT-BIH's annotations call them.
@@ -63,6 +66,7 @@ _RATE: Final = 180  # samples a second: MIT-BIH's 360, every second one
 _N, _L, _R, _A, _V = range(len(CLASSES))
 
 Split = Literal["train", "test"]
+SplitBy = Literal["record", "beat"]
 _Array = NDArray[np.float64]
 
 
@@ -97,7 +101,7 @@ _LEAST_PATIENTS: Final = len(_CONDUCTION) * _FOLDS
 _BEATS: Final = (200, 0.5, 60, 600)  # of a patient: median, spread of the logarithm, least, most
 
 
-def synthetic(split: Split, count: int = 48, seed: int = 0) -> Heartbeats:
+def synthetic(split: Split, count: int = 48, seed: int = 0, *, most: int = _BEATS[3]) -> Heartbeats:
     """Beats of invented patients.
 
     Args:
@@ -105,13 +109,14 @@ def synthetic(split: Split, count: int = 48, seed: int = 0) -> Heartbeats:
         count: of patients in both splits together, at least 16, so that each split has every way of conduction. A
             patient's beats do not depend on how many others there are.
         seed: another one gives other patients.
+        most: beats of one patient at most.
 
     Raises:
         ConfigError: too few patients.
     """
     if count < _LEAST_PATIENTS:
         raise ConfigError(f"{count} patients do not fill both splits with every class: ask for {_LEAST_PATIENTS}")
-    made = [_patient(seed, number) for number in range(count) if _split_of(number) == split]
+    made = [_patient(seed, number, most) for number in range(count) if _split_of(number) == split]
     return Heartbeats(
         torch.from_numpy(np.concatenate([beats for beats, _, _ in made]).astype(np.float32)).unsqueeze(1),
         torch.from_numpy(np.concatenate([labels for _, labels, _ in made])),
@@ -119,26 +124,26 @@ def synthetic(split: Split, count: int = 48, seed: int = 0) -> Heartbeats:
     )
 
 
-def load(split: Split, count: int = 48, seed: int = 0) -> TensorDataset:
+def load(split: Split, count: int = 48, seed: int = 0, *, most: int = _BEATS[3]) -> TensorDataset:
     """The beats float32 [N, 1, 128] and labels int64 [N] of :func:`synthetic`."""
-    made = synthetic(split, count, seed)
+    made = synthetic(split, count, seed, most=most)
     return TensorDataset(made.beats, made.labels)
 
 
-def patients(split: Split, count: int = 48, seed: int = 0) -> Tensor:
+def patients(split: Split, count: int = 48, seed: int = 0, *, most: int = _BEATS[3]) -> Tensor:
     """Whose the beats of :func:`load` are, in the same order: int64 [N]."""
-    return synthetic(split, count, seed).patients
+    return synthetic(split, count, seed, most=most).patients
 
 
 def _split_of(number: int) -> Split:
     return "test" if number // len(_CONDUCTION) % _FOLDS == _FOLDS - 1 else "train"
 
 
-def _patient(seed: int, number: int) -> tuple[_Array, NDArray[np.int64], int]:
+def _patient(seed: int, number: int, most: int) -> tuple[_Array, NDArray[np.int64], int]:
     rng = default_rng(SeedSequence(seed, spawn_key=(number,)))
     conduction = _CONDUCTION[number % len(_CONDUCTION)]
-    median, spread, least, most = _BEATS
-    count = int(np.clip(median * np.exp(spread * rng.standard_normal()), least, most))
+    median, spread, least, largest = _BEATS
+    count = min(most, int(np.clip(median * np.exp(spread * rng.standard_normal()), least, largest)))
     early, ectopic = rng.beta(0.5, 4), rng.beta(0.7, 3)  # shares of A and V beats: most patients have few
     labels_N = rng.choice([conduction, _A, _V], count, p=[(1 - ectopic) * (1 - early), (1 - ectopic) * early, ectopic])
     waves_NW3 = _waves(rng, labels_N, conduction)
@@ -221,7 +226,7 @@ _SAME_PATIENT: Final = (201, 202)
 _MAX_MITBIH_BYTES: Final = 2**30  # unpacked; all 110,000 beats of the database would take 60 MB
 
 
-def load_mitbih(path: Path | str, split: Split, *, split_by: Literal["record", "beat"] = "record") -> Heartbeats:
+def load_mitbih(path: Path | str, split: Split, *, split_by: SplitBy = "record") -> Heartbeats:
     """Beats of the MIT-BIH Arrhythmia Database, its records as patients.
 
     Args:
@@ -286,35 +291,62 @@ def _checked(arrays: dict[str, NDArray[np.generic]], side: str, path: Path) -> H
 
 
 def train_loader(
-    batch_size: int = 64, seed: int = 0, mitbih: str | None = None, split_by: Literal["record", "beat"] = "record"
+    batch_size: int = 64,
+    seed: int = 0,
+    *,
+    mitbih: str | None = None,
+    split_by: SplitBy = "record",
+    count: int = 48,
+    most: int = _BEATS[3],
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """The training split in batches, shuffled anew each epoch: synthetic, or that of the file ``mitbih``."""
-    return DataLoader(
-        _dataset("train", seed, mitbih, split_by),
-        batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    """The training split in batches, shuffled anew each epoch: that of the file ``mitbih``, or of invented patients.
+
+    Args:
+        batch_size: beats in a batch.
+        seed: of the order, and of the patients.
+        mitbih: see :func:`load_mitbih`.
+        split_by: the same.
+        count: of invented patients; see :func:`synthetic`.
+        most: beats of each of them.
+    """
+    made = _beats("train", seed, mitbih=mitbih, split_by=split_by, count=count, most=most)
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(TensorDataset(made.beats, made.labels), batch_size, shuffle=True, generator=generator)
 
 
 def test_loader(  # a loader of the test split, not a test
     batch_size: int = 256,  # noqa: PT028
     seed: int = 0,  # noqa: PT028
+    *,
     mitbih: str | None = None,  # noqa: PT028
-    split_by: Literal["record", "beat"] = "record",  # noqa: PT028
+    split_by: SplitBy = "record",  # noqa: PT028
+    count: int = 48,  # noqa: PT028
+    most: int = _BEATS[3],  # noqa: PT028
 ) -> DataLoader[tuple[Tensor, ...]]:
     """The test split in batches, in a fixed order; arguments as for :func:`train_loader`."""
+    made = _beats("test", seed, mitbih=mitbih, split_by=split_by, count=count, most=most)
     # Its own generator, so that evaluating draws nothing from torch's global one (see cloister.digits).
-    return DataLoader(
-        _dataset("test", seed, mitbih, split_by), batch_size, generator=torch.Generator().manual_seed(seed)
-    )
+    return DataLoader(TensorDataset(made.beats, made.labels), batch_size, generator=torch.Generator().manual_seed(seed))
 
 
-def _dataset(split: Split, seed: int, mitbih: str | None, split_by: Literal["record", "beat"]) -> TensorDataset:
+def train_units(
+    batch_size: int = 64,  # noqa: ARG001 - a job's data.args go to all of its functions
+    seed: int = 0,
+    *,
+    mitbih: str | None = None,
+    split_by: SplitBy = "record",
+    count: int = 48,
+    most: int = _BEATS[3],
+) -> Tensor:
+    """Whose each beat of :func:`train_loader` is, in the data set's order: for ``privacy.units``."""
+    return _beats("train", seed, mitbih=mitbih, split_by=split_by, count=count, most=most).patients
+
+
+@functools.lru_cache(maxsize=2)  # a job asks for the beats, and then for whose they are
+def _beats(split: Split, seed: int, *, mitbih: str | None, split_by: SplitBy, count: int, most: int) -> Heartbeats:
     if mitbih is None:
-        return load(split, seed=seed)
-    made = load_mitbih(mitbih, split, split_by=split_by)
-    return TensorDataset(made.beats, made.labels)
+        return synthetic(split, count, seed, most=most)
+    return load_mitbih(mitbih, split, split_by=split_by)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -355,7 +387,7 @@ def model(front: Literal["conv", "pca", "scattering"] = "conv") -> nn.Module:
         stem = nn.Sequential(*_conv(1, 16), nn.MaxPool1d(4))
         body = nn.Sequential(*_conv(16, 32), nn.MaxPool1d(2), *_conv(32, 64), nn.MaxPool1d(2), nn.Flatten())
         return nn.Sequential(OrderedDict(stem=stem, body=body.extend(_dense(64 * LENGTH // 16)), head=head))
-    public = public_front(front)
+    public = nn.Sequential(public_front(front), UnitRows())
     dims = public(torch.zeros(1, 1, LENGTH)).shape[1]
     body = nn.Sequential(*_dense(dims), *_dense(_WIDTH))
     return nn.Sequential(OrderedDict(stem=public, body=body, head=head))

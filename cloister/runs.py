@@ -23,6 +23,7 @@ from cloister.weights import write_whole
 from wire.errors import ConfigError
 
 __all__ = [
+    "CARD_FILE",
     "JOB_FILE",
     "METRICS_FILE",
     "MODEL_FILE",
@@ -39,6 +40,7 @@ MODEL_FILE: Final = "model.safetensors"
 RESULT_FILE: Final = "result.json"
 JOB_FILE: Final = "job.json"
 METRICS_FILE: Final = "metrics.jsonl"
+CARD_FILE: Final = "model-card.md"
 _TAIL_BYTES: Final = 4096  # some lines of metrics
 
 
@@ -99,7 +101,8 @@ class RunFolder(Callback):
                 (self.path / METRICS_FILE).unlink(missing_ok=True)
             for partial in self.path.glob(".*.partial"):  # what a killed process left half-written
                 partial.unlink()
-            for name in (RESULT_FILE, MODEL_FILE):  # of the run that is replaced, or of this one before it was resumed
+            # Of the run that is replaced, or of this one before it was resumed.
+            for name in (RESULT_FILE, CARD_FILE, MODEL_FILE):
                 (self.path / name).unlink(missing_ok=True)
             write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
         except OSError as error:
@@ -167,8 +170,9 @@ class RunFolder(Callback):
         rows, seconds = self._rows - self._first[0], self._seconds - self._first[1]
         return rows / seconds if rows and seconds else None
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Writes the result: the run is whole."""
+    def finish(self, result: dict[str, Any], card: str) -> None:
+        """Writes the model's card and the result: the run is whole."""
+        write_whole(self.path / CARD_FILE, card.encode())
         write_whole(self.path / RESULT_FILE, (json.dumps(result, indent=2, default=str) + "\n").encode())
 
     def _write(self, line: str) -> None:

@@ -6,14 +6,16 @@ privacy bounds what a record adds, not what the population tells.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from privacy.accounting import PrivacySpent, Relation, SampledGaussian, Unbounded, epsilon_of
+from privacy.accounting import Event, PrivacySpent, Relation, SampledGaussian, Unbounded, epsilon_of
 from privacy.ledger import Entry
 
-__all__ = ["Claim", "claim_of"]
+__all__ = ["Claim", "claim_of", "told"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Claim:
         other: ε under the other relation, which is printed beside it.
         sentence: for people who are not of the trade.
         assumptions: what it rests on; each must hold.
+        mechanisms: what it sums up: each kind of release, its treatment and its event's numbers, and how often.
         releases: how many entries of the ledger it sums up.
     """
 
@@ -32,7 +35,13 @@ class Claim:
     other: float
     sentence: str
     assumptions: tuple[str, ...]
+    mechanisms: tuple[str, ...]
     releases: int
+
+    def lines(self) -> tuple[str, ...]:
+        """The sentence, and under it what it rests on."""
+        rests = ("It rests on this:", *(f"- {assumption}" for assumption in self.assumptions))
+        return (self.sentence, *(rests if self.assumptions else ()))
 
 
 def claim_of(entries: Sequence[Entry], *, delta: float, relation: Relation, unit: str = "record") -> Claim:
@@ -50,11 +59,24 @@ def claim_of(entries: Sequence[Entry], *, delta: float, relation: Relation, unit
     second = Relation.ADD_REMOVE if relation is Relation.REPLACE_ONE else Relation.REPLACE_ONE
     other = epsilon_of(events, delta, second)
     if not entries:
-        return Claim(spent, other, "Nothing was released on this data set.", (), 0)
+        return Claim(spent, other, "Nothing was released on this data set.", (), (), 0)
+    mechanisms = _mechanisms(entries)
     if math.isinf(spent.epsilon):
         reasons = dict.fromkeys(event.reason for event in events if isinstance(event, Unbounded))
-        return Claim(spent, other, f"No differential privacy may be claimed: {'; '.join(reasons)}.", (), len(entries))
-    return Claim(spent, other, _sentence(spent), _assumptions(entries), len(entries))
+        sentence = f"No differential privacy may be claimed: {'; '.join(reasons)}."
+        return Claim(spent, other, sentence, (), mechanisms, len(entries))
+    return Claim(spent, other, _sentence(spent), _assumptions(entries), mechanisms, len(entries))
+
+
+def told(event: Event) -> str:
+    """An event's numbers, for people."""
+    found = ((field.name.replace("_", " "), getattr(event, field.name)) for field in dataclasses.fields(event))
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found)
+
+
+def _mechanisms(entries: Sequence[Entry]) -> tuple[str, ...]:
+    counted = Counter(f"{entry.kind} by {entry.treatment}: {told(entry.event)}" for entry in entries)
+    return tuple(line if times == 1 else f"{line} ({times} times)" for line, times in counted.items())
 
 
 def _sentence(spent: PrivacySpent) -> str:

@@ -76,8 +76,8 @@ class Guard:
 
         Args:
             policy: what may leave, and how.
-            ledger: where it is accounted, or what opens that when it is first needed; only a policy that lets everything
-                leave in the clear goes without.
+            ledger: where it is accounted, or what opens that when it is first needed; only a policy that lets
+                everything leave in the clear goes without.
 
         Raises:
             ConfigError: no ledger for a policy that claims anything.

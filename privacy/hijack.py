@@ -48,6 +48,10 @@ WINDOW_ROWS: Final = 32
 BLIND_RATIO: Final = 0.75
 #: The sum at which the alarm sounds: four windows at least, since none adds more than 0.25.
 ALARM: Final = 1.0
+#: Until this step every micro-batch is looked at; from it on one in so many, by chance, for as long as the sum is zero.
+#: A check takes a step of the smallest networks 5 to 9 % longer; so it is 2 %.
+EARLY_STEPS: Final = 100
+LATER_ONE_IN: Final = 4
 _COORDINATES: Final = 1024  # a cosine over so many is off by 0.03, its mean over the pairs of a window by far less
 # Pairs that each mean starts from: same-label ones at 1.0, others at 0.0. A window with few of either then says less.
 _PRIOR_PAIRS: Final = 8
@@ -174,7 +178,7 @@ class HijackDetector:
         Raises:
             HijackSuspectedError: the gradients steer the front; says what to do.
         """
-        if not self.active or not gradients:
+        if not self.active or not gradients or self._looks_away(step):
             return
         classes = _classes(labels)
         if classes is None:
@@ -230,6 +234,12 @@ class HijackDetector:
         self._windows = deque(windows, maxlen=_KEPT_WINDOWS)
         self.inactive_because = _REFUSED if off else ""
 
+    def _looks_away(self, step: int) -> bool:
+        """Whether this micro-batch is left out: by chance, so that a node cannot tell which ones are watched."""
+        if step < EARLY_STEPS or self._score:
+            return False
+        return bool(torch.randint(LATER_ONE_IN, (1,), generator=self._generator))
+
     def _gather(self, classes: Tensor, gradients: Sequence[Tensor]) -> None:
         """Adds at most a window's rows of one micro-batch, scaled to length 1."""
         flat = [gradient.detach().flatten(1) for gradient in gradients]
@@ -240,8 +250,13 @@ class HijackDetector:
         picked = picked[torch.randperm(len(picked), generator=self._generator)[:WINDOW_ROWS]]
         parts, start = [], 0
         for part in flat:
-            inside = self._columns[(self._columns >= start) & (self._columns < start + part.shape[1])] - start
-            parts.append(part[picked[:, None].to(part.device), inside.to(part.device)].float().cpu())
+            there = picked.to(part.device)
+            if width > _COORDINATES:
+                inside = self._columns[(self._columns >= start) & (self._columns < start + part.shape[1])] - start
+                looked_at = part[there[:, None], inside.to(part.device)]
+            else:
+                looked_at = part[there]
+            parts.append(looked_at.float().cpu())
             start += part.shape[1]
         rows = torch.cat(parts, dim=1)
         norms = rows.norm(dim=1)
@@ -251,7 +266,7 @@ class HijackDetector:
 
     def _look_elsewhere(self, width: int) -> None:
         """Begins a window of rows of another width; wide ones are looked at in some coordinates alone."""
-        drawn = torch.randint(width, (_COORDINATES,), generator=self._generator).unique()
+        drawn = torch.randint(width, (_COORDINATES,), generator=self._generator).sort().values
         self._columns, self._width = torch.arange(width) if width <= _COORDINATES else drawn, width
         self._rows, self._labels = torch.empty(0, len(self._columns)), self._labels[:0]
 
@@ -262,7 +277,7 @@ class HijackDetector:
         alike = labels[:, None] == labels
         pairs = (int(alike.sum()) - len(rows)) / 2
         others = len(rows) * (len(rows) - 1) / 2 - pairs
-        alike_sum = float(cosines[alike].sum() - len(rows)) / 2
+        alike_sum = float((cosines * alike).sum() - len(rows)) / 2
         others_sum = float(cosines.sum() - len(rows)) / 2 - alike_sum
         same = (alike_sum + _PRIOR_PAIRS) / (pairs + _PRIOR_PAIRS)
         different = others_sum / (others + _PRIOR_PAIRS)

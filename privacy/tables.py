@@ -44,7 +44,8 @@ from wire.errors import BudgetSpentError, ConfigError
 __all__ = ["Records", "ReleasedTable", "TablePlan", "make_table", "plan_table"]
 
 _LEAST_LEFT: Final = 0.01  # of a budget: with less, a release would be noise alone
-_FLOOR: Final = 1e-6  # of a covariance's eigenvalues, relative to the largest: what is below is noise
+_FLOOR: Final = 0.02  # of a covariance's eigenvalues, relative to their mean: what is below is noise
+_RIDGE: Final = 0.05  # of the mean variance, in every direction: no Gaussian of a class is as flat as it looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,31 +132,59 @@ def unit_weights(units: Tensor) -> Tensor:
     return counts[which].to(torch.float64).reciprocal()
 
 
-def sample_rows(moments: NoisyMoments, count: int, noise: Noise) -> tuple[Tensor, Tensor]:
+def sample_rows(
+    moments: NoisyMoments, count: int, noise: Noise, *, sigma: float, second_weight: float
+) -> tuple[Tensor, Tensor]:
     """``count`` rows [M, D] and their classes [M], drawn from a Gaussian for each class: post-processing.
 
-    Rows are drawn by the class counts, as far as these are above the noise; covariances are made positive
-    semi-definite; a row's norm is brought to 1, as that of every activation was.
+    The noise's own strength is no secret, so the estimates are corrected for it:
+
+    - A class mean is no longer than the records that it averages, and the squares of its noise are taken out of what
+      lies between the classes.
+    - Of the pooled covariance, eigenvalues below the edge of the noise's spectrum, 2s√D for off-diagonal noise s
+      (Füredi and Komlós 1981, "The eigenvalues of random symmetric matrices"), tell nothing one by one: they become
+      their mean, so that the trace, which is known well, stays. Without that, the directions in which noise came out
+      lowest look the surest, and the trunk relies on them. An eigenvalue v over the mean of those loses what the noise
+      lengthened it by: √(v² - 4s²D) (Donoho, Gavish and Johnstone 2018, "Optimal Shrinkage of Eigenvalues in the
+      Spiked Covariance Model", on Wigner noise).
+    - Covariances by class move towards the pooled one as far as the noise explains their difference (James and Stein
+      1961; the pooled target is that of Friedman 1989, "Regularized Discriminant Analysis"). So a class with few
+      records falls back to the pooled covariance, and no choice is made on the data in the clear.
+
+    Args:
+        moments: what was released.
+        count: M.
+        noise: draws the rows.
+        sigma: of the noise in ``moments``, on the vector of :func:`~privacy.mechanisms.noisy_moments`.
+        second_weight: of the second moments in that vector.
     """
     shares = moments.counts.clamp_min(1.0)
-    total = shares.sum()
-    # A class mean is no longer than the records that it averages; where it is, that is noise.
     means = moments.sums / shares[:, None]
     means = means / means.norm(dim=1, keepdim=True).clamp_min(1.0)
-    if moments.seconds.shape[0] == 1:
-        within = moments.seconds[0] / total - (means.T * (shares / total)) @ means
-        roots = [_root(within)] * len(shares)
-    else:
-        roots = [_root(s / n - torch.outer(m, m)) for s, n, m in zip(moments.seconds, shares, means, strict=True)]
-    per_class = _apportion(shares / total, count)
+    roots = [_root(c) for c in _covariances(moments.seconds, shares, means, sigma, sigma / second_weight)]
     rows, labels = [], []
-    for number, (mean, root) in enumerate(zip(means, roots, strict=True)):
-        drawn = noise.gaussian((per_class[number], len(mean)), 1.0)
-        rows.append(mean + drawn @ root)
-        labels.append(torch.full((per_class[number],), number, dtype=torch.int64))
-    made = torch.cat(rows)
-    made = made / made.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return made.to(torch.float32), torch.cat(labels)
+    for number, (mean, taken) in enumerate(zip(means, _apportion(shares / shares.sum(), count), strict=True)):
+        rows.append(mean + noise.gaussian((taken, len(mean)), 1.0) @ roots[number % len(roots)])
+        labels.append(torch.full((taken,), number, dtype=torch.int64))
+    return torch.cat(rows).to(torch.float32), torch.cat(labels)
+
+
+def _covariances(seconds: Tensor, shares: Tensor, means: Tensor, of_sums: float, of_seconds: float) -> list[Tensor]:
+    """[D, D] of each class, or one for all: positive definite; the noise is that of one coordinate of each."""
+    total, size = float(shares.sum()), means.shape[1]
+    one = torch.eye(size, dtype=means.dtype)
+    between = (means.T * shares) @ means - of_sums**2 * float(shares.reciprocal().sum()) * one
+    pooled_noise = of_seconds * math.sqrt(len(seconds)) / total
+    pooled = _cleaned((seconds.sum(0) - between) / total, pooled_noise * math.sqrt(2 * size))
+    if len(seconds) == 1:
+        return [_ridged(pooled)]
+    found = []
+    for second, share, mean in zip(seconds, shares.tolist(), means, strict=True):
+        own = second / share - torch.outer(mean, mean) + (of_sums / share) ** 2 * one
+        expected = (of_seconds / share) ** 2 * size * (size + 1) / 2
+        trust = max(0.0, 1 - expected / float((own - pooled).square().sum()))
+        found.append(_ridged(_floored(pooled + trust * (own - pooled), float(pooled.trace()) / size)))
+    return found
 
 
 def _release(treatment: str, event: Event) -> Release:
@@ -325,14 +354,33 @@ def _sampled(policy: Policy, plan: Moments, flat: Tensor, records: Records, nois
         raise ConfigError("moments: say how many rows to sample (rows = 20000): the number of records tells of a unit")
     # How many records there are is no secret where a neighbour replaces one; otherwise the noisy count must do.
     counted = len(flat) if policy.relation is Relation.REPLACE_ONE else max(1, round(float(found.counts.sum())))
-    return sample_rows(found, plan.rows or counted, noise)
+    return sample_rows(found, plan.rows or counted, noise, sigma=plan.noise or 0.0, second_weight=plan.second_weight)
+
+
+def _cleaned(covariance: Tensor, edge: float) -> Tensor:
+    """Eigenvalues within the noise's spectrum become their mean, and those above lose what noise added to them."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    drowned = values <= edge
+    least = _FLOOR * float(values.sum().clamp_min(1e-6)) / len(values)
+    level = max(least, float(values[drowned].mean())) if bool(drowned.any()) else least
+    above = ((values - level).square() - edge**2).clamp_min(0.0).sqrt()
+    return (vectors * (level + above.where(values - level > edge, 0.0))) @ vectors.T
+
+
+def _floored(covariance: Tensor, mean: float) -> Tensor:
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return (vectors * values.clamp_min(_FLOOR * mean)) @ vectors.T
+
+
+def _ridged(covariance: Tensor) -> Tensor:
+    """A little of the mean variance in every direction."""
+    level = covariance.trace() / len(covariance)
+    return (1 - _RIDGE) * covariance + _RIDGE * level * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """[D, D]: R with RᵀR the nearest positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    values = values.clamp_min(max(float(values.max()), 0.0) * _FLOOR)
-    root: Tensor = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
+    """[D, D]: R with RᵀR the covariance, which is positive definite."""
+    root: Tensor = torch.linalg.cholesky(covariance, upper=True)
     return root
 
 

@@ -1,4 +1,7 @@
-"""Do the mechanisms protect as claimed? Each one is attacked on its worst neighbours, as it is and broken on purpose.
+"""Do the treatments protect as claimed? Each one is attacked on its worst neighbours, as it is and broken on purpose.
+
+What is attacked is what users run: a :class:`~privacy.guard.Guard` under a policy, and the front's DP-SGD. What is
+claimed is what the ledger holds afterwards, through :func:`privacy.accounting.delta_of`.
 
 The *profile test*: a distinguisher whose true and false positive rates break TPR ≤ e^ε·FPR + δ(ε) at any ε of the
 claimed profile, beyond chance, refutes the claim. (An empirical lower bound on ε, compared with the claimed ε, has next
@@ -7,9 +10,14 @@ to no power.) Scores are the likelihood ratio between the neighbours, and what a
 The *μ test*: for Gaussian mechanisms the distance of the two score distributions, in deviations, is μ itself; noise
 that is a tenth too low shows there first.
 
-Many independent worlds are attacked at once: a row, a class or a pair of classes each. In each world a record is
-released twice and its value flips in between, as a front that trains may make it do. Values are three times as long as
-the clip, so that a clip that is missing shows. The long form runs each honest mechanism 40 times, and every mutation::
+The *sampler test*: that each record joins each sample by a coin of its own, since the profile of a shuffled sample is
+within that of a Poisson sample on most neighbours.
+
+Many independent worlds are attacked at once: a row, a class or a pair of classes each; for DP-SGD a canary each, whose
+gradients are orthogonal, half of them in and half of them out of one and the same run (Steinke, Nasr and Jagielski
+2023). In each world a record is released twice, in two runs or epochs, and its value flips in between, as a front that
+trains may make it do. Values are three times as long as the clip, so that a clip that is missing shows. The long form
+runs each honest treatment 40 times, and every mutation; it ends with 1 where anything is missed::
 
     python -m tests.audit_dp --draws 40000 --honest 40
 """
@@ -18,11 +26,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, TypeAlias
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -30,18 +42,41 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from scipy.special import betaincinv
+from torch import Tensor, nn
 
-from privacy import mechanisms
-from privacy.accounting import Event, Gaussian, RandomizedResponse, Relation, SampledGaussian, delta_of
-from privacy.mechanisms import Noise, clip_rows, moments_sensitivity, noisy_moments, noisy_rows, noisy_sums
-from wire.errors import NonFiniteError
+from privacy import mechanisms, tables
+from privacy.accounting import Relation, delta_of
+from privacy.dp_sgd import DpGradients
+from privacy.guard import Guard, Situation
+from privacy.ledger import Ledger
+from privacy.mechanisms import Moments as NoisyMoments
+from privacy.mechanisms import Noise, clip_rows, moments_sensitivity
+from privacy.policy import CLEAR, Aggregate, DpSgd, GaussianRows, Moments, Never, Policy, RandomizedLabels, Rows
+from privacy.tables import Records
+from wire.errors import ConfigError, NonFiniteError, ReleaseRefusedError
 
-__all__ = ["MUTATIONS", "TREATMENTS", "Breach", "Mutation", "Treatment", "World", "attack", "mu_test", "profile_test"]
+__all__ = [
+    "MUTATIONS",
+    "SAMPLERS",
+    "TREATMENTS",
+    "Breach",
+    "Mutation",
+    "Treatment",
+    "World",
+    "attack",
+    "caught",
+    "mu_test",
+    "nothing_leaves",
+    "profile_test",
+    "sampler_fails",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
+Patch: TypeAlias = tuple[object, str, Any]
 
-FALSE_ALARM: Final = 1e-4  # of one profile test, at most
+FALSE_ALARM: Final = 1e-4  # of one profile test or sampler test, at most
 EPSILONS: Final = np.concatenate([np.linspace(0, 4, 33), np.linspace(4.5, 12, 16)])
 _LEVELS: Final = 1 / (1 + np.exp(-np.linspace(-7, 7, 65)))  # of the quantiles that serve as thresholds
 _PILOT: Final = 0.1  # of the draws choose the thresholds, the rest are counted: neither sees the other
@@ -55,6 +90,9 @@ _MU: Final = 1.0  # of both releases together: where a profile test of some 10�
 _COUNT_WEIGHT, _SECOND_WEIGHT = 0.6, 0.8
 _RATE, _MULTIPLIER = 0.5, 1.0
 _CLASSES, _LABEL_EPSILON = 4, 0.7
+_CANARIES: Final = 400  # of one step of DP-SGD
+_GRADIENT_SHAPES: Final = (2,), (2, 2)  # of a middle with two outputs
+_RECORDS, _SAMPLES = 4000, 20  # of the sampler test: 20 samples at a rate of 1/20 are one epoch of a shuffled loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,103 +157,207 @@ def mu_test(scores: Floats, others: Floats, mu: float) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What is released: ``draws`` independent worlds, on one of two neighbours.
+    """What is released: ``W`` independent worlds, each on one of two neighbours.
 
     Attributes:
-        member: the record's own side; else its neighbour, by ``relation``.
+        member: [W], whether a world holds the record itself; else its neighbour, by ``relation``.
+        longest: the norm of the record's value.
         poisoned: the record holds NaN.
+        ledger: where the guards write what they release, under ``data_set``.
     """
 
     relation: Relation
-    member: bool
-    draws: int
-    noise: Noise
-    sampler: np.random.Generator
-    poisoned: bool = False
+    member: Tensor
+    longest: float
+    poisoned: bool
+    ledger: Ledger
+    data_set: str
 
     @property
-    def sign(self) -> float:
-        """Of the record's value in the first release; the second one turns it round. 0: it is not there."""
-        return 1.0 if self.member else -1.0 if self.relation is Relation.REPLACE_ONE else 0.0
+    def sign(self) -> Tensor:
+        """[W], of the record's value in the first release; the second one turns it round. 0: it is not there."""
+        other = -1.0 if self.relation is Relation.REPLACE_ONE else 0.0
+        sign: Tensor = torch.where(self.member, 1.0, other)
+        return sign
 
     @property
-    def sigma(self) -> float:
-        """The noise under which both releases of values clipped to ``_CLIP`` have ``_MU``."""
-        distance = 2 * _CLIP if self.relation is Relation.REPLACE_ONE else _CLIP
+    def noise(self) -> float:
+        """In units of the clip: that under which both releases of clipped values have ``_MU``."""
+        distance = 2 if self.relation is Relation.REPLACE_ONE else 1
         return distance * math.sqrt(_RELEASES) / _MU
 
-    def records(self, turn: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """The record in each world: ``[draws, *shape]``, along the diagonal."""
-        value = (-1) ** turn * self.sign * _TOO_LONG / math.sqrt(math.prod(shape))
-        made = torch.full((self.draws, *shape), value)
-        if self.poisoned and self.member:
-            made.view(self.draws, -1)[:, 0] = torch.nan
+    def records(self, turn: int, features: int) -> Tensor:
+        """The record in each world: ``[W, features]``, along the diagonal."""
+        value = self.longest / math.sqrt(features) * (-1 if turn else 1)
+        made = (value * self.sign)[:, None].repeat(1, features)
+        if self.poisoned:
+            made[self.member, 0] = torch.nan
+        return made
+
+    def guard(self, policy: Policy, *, vanilla: bool = False, front_learns: bool = False) -> Guard:
+        """A run's own."""
+        made = Guard(policy, self.ledger)
+        made.begin(
+            Situation(
+                data_set=self.data_set,
+                run="audit",
+                vanilla=vanilla,
+                front_learns=front_learns,
+                head_learns=False,
+                once_an_epoch=True,
+            )
+        )
         return made
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Treatment:
-    """A mechanism under attack.
+    """What is attacked.
 
     Attributes:
-        scores: of a world's outputs, ``[S, draws]``, the likelihood ratio first.
-        events: what the ledger would hold of ``count`` releases in a world.
+        scores: of a world's outputs, ``[S, W]``, the likelihood ratio first.
+        kind: of the releases in the ledger that the claim is made of.
+        spends: how often a guard writes to the ledger.
         normal: the likelihood ratio is normal, and μ is ``_MU``.
+        longest: the norm of the values that an honest guard takes.
+        one_run: both neighbours are in one run, by a coin for each world.
+        most_draws: on each side, where a draw is dear.
+        immune: names of mutations of which it has nothing to break.
     """
 
     name: str
     scores: Callable[[World], Floats]
-    events: Callable[[World, int], Sequence[Event]]
+    kind: str = "activations"
     relations: tuple[Relation, ...] = (Relation.REPLACE_ONE, Relation.ADD_REMOVE)
+    spends: int = _RELEASES
     normal: bool = True
+    longest: float = _TOO_LONG
+    one_run: bool = False
+    most_draws: int = 10**9
+    immune: frozenset[str] = frozenset()
 
 
-def _linear(world: World, outputs: Sequence[torch.Tensor], point: torch.Tensor, turned: torch.Tensor) -> Floats:
-    """Scores of two outputs ``[draws, P]`` under isotropic noise, where a record moves the first by ``point``.
+def _linear(world: World, outputs: Sequence[Tensor], point: Tensor, turned: Tensor) -> Floats:
+    """Scores of two outputs ``[W, P]`` under isotropic noise, where a record moves the first by ``point``.
 
     It moves the second one by ``turned``; its neighbour under replace-one does so the other way round.
     """
-    first, second = (output.to(torch.float64).reshape(world.draws, -1) for output in outputs)
+    first, second = (output.to(torch.float64).reshape(len(world.member), -1) for output in outputs)
+    point, turned = point.to(torch.float64), turned.to(torch.float64)
     contrast = (first - second) @ (point - turned)
     ratio = contrast if world.relation is Relation.REPLACE_ONE else first @ point + second @ turned
     return np.stack([score.numpy() for score in (ratio, contrast, first.norm(dim=1))])
 
 
-def _row_scores(world: World, shape: tuple[int, ...]) -> Floats:
-    outputs = [
-        noisy_rows(world.records(turn, shape), clip=_CLIP, sigma=world.sigma, noise=world.noise) for turn in (0, 1)
-    ]
-    point = torch.full((math.prod(shape),), _CLIP / math.sqrt(math.prod(shape)), dtype=torch.float64)
+def _diagonal(world: World, outputs: Sequence[Tensor]) -> Floats:
+    """The same, where the record is along the diagonal."""
+    features = outputs[0][0].numel()
+    point = torch.full((features,), _CLIP / math.sqrt(features))
     return _linear(world, outputs, point, -point)
 
 
-def _row_events(world: World, count: int) -> list[Event]:
-    return [Gaussian(sensitivity=_CLIP, sensitivity_replace=2 * _CLIP, noise=world.sigma, count=count)]
+def _in_rows(world: World, activations: Tensor, labels: Tensor, noise: float) -> tables.ReleasedTable:
+    """A run's table of rows and labels."""
+    policy = Policy(
+        activations=Rows(clip=_CLIP, noise=noise), labels=RandomizedLabels(epsilon=_LABEL_EPSILON), classes=_CLASSES
+    )
+    return world.guard(policy, vanilla=True).table(Records(activations, labels))
 
 
-def _sum_outputs(world: World, sigma: float, there: NDArray[np.bool_]) -> list[torch.Tensor]:
-    """Sums of two turns, a class a world: a bystander each, and the record where it is ``there``, ``[2, draws]``."""
-    worlds = torch.arange(world.draws)
-    made = []
-    for turn, present in enumerate(torch.from_numpy(there & bool(world.sign))):
-        rows = torch.cat([torch.full((world.draws, 4), 0.3), world.records(turn, (4,))[present]])
-        labels = torch.cat([worlds, worlds[present]])
-        made.append(noisy_sums(rows, labels, classes=world.draws, clip=_CLIP, sigma=sigma, noise=world.noise))
-    return made
+def _rows_once(world: World) -> Floats:
+    labels = torch.zeros(len(world.member), dtype=torch.int64)
+    return _diagonal(world, [_in_rows(world, world.records(turn, 4), labels, world.noise).rows for turn in (0, 1)])
 
 
-def _sum_scores(world: World) -> Floats:
-    outputs = _sum_outputs(world, world.sigma, np.ones((_RELEASES, world.draws), dtype=np.bool_))
-    point = torch.full((4,), _CLIP / 2, dtype=torch.float64)
-    return _linear(world, outputs, point, -point)
+def _labels(world: World) -> Floats:
+    """A label 0, then 1; on the neighbour 1, then 0."""
+    found = []
+    for turn in (0, 1):
+        labels = torch.where(world.member, turn, 1 - turn)
+        released = _in_rows(world, torch.zeros(len(labels), 4), labels, world.noise).labels
+        assert released is not None
+        found.append(released.numpy())
+    first, second = found
+    ratio = (first == 0) * 1.0 - (first == 1) + (second == 1) - (second == 0)
+    step = (second - first) % _CLASSES
+    return np.stack([ratio, (step == 1) * 1.0 - (step == _CLASSES - 1)])
 
 
-def _sampled_scores(world: World) -> Floats:
-    there = world.sampler.random((_RELEASES, world.draws)) < _RATE
-    outputs = _sum_outputs(world, _MULTIPLIER * _CLIP, there)
+def _fresh_policy(world: World) -> Policy:
+    rows, gradients = Rows(clip=_CLIP, noise=world.noise, once=False), GaussianRows(clip=_CLIP, noise=world.noise)
+    return Policy(activations=rows, gradients=gradients, front=DpSgd(clip=_CLIP, noise=world.noise))
+
+
+def _rows_fresh(world: World) -> Floats:
+    guard, outputs = world.guard(_fresh_policy(world)), []
+    for epoch in (0, 1):
+        guard.step(epoch, epoch)
+        outputs.append(guard.activations([world.records(epoch, 4)])[0].tensor)
+    return _diagonal(world, outputs)
+
+
+def _gradients(world: World) -> Floats:
+    """Two tensors of one record, which are clipped together."""
+    guard, outputs = world.guard(_fresh_policy(world)), []
+    sizes = [math.prod(shape) for shape in _GRADIENT_SHAPES]
+    for epoch in (0, 1):
+        guard.step(epoch, epoch)
+        parts = world.records(epoch, sum(sizes)).split_with_sizes(sizes, dim=1)
+        given = [part.reshape(-1, *shape) for part, shape in zip(parts, _GRADIENT_SHAPES, strict=True)]
+        released = [found.tensor.flatten(1) for found in guard.gradients(given) if found is not None]
+        outputs.append(torch.cat(released, dim=1))
+    return _diagonal(world, outputs)
+
+
+def _front(world: World) -> Floats:
+    """Epochs of DP-SGD; whoever sees the front move sees the noised gradient of each step."""
+    policy = _fresh_policy(world)
+    guard, front = world.guard(policy, front_learns=True), nn.Linear(_CANARIES, 1, bias=False)
+    assert isinstance(policy.front, DpSgd)
+    private, outputs = DpGradients(front, policy.front, "front"), []
+    for epoch in (0, 1):
+        guard.step(epoch, epoch)
+        canaries = world.records(epoch, 1).split(_CANARIES)
+        outputs.append(torch.cat([_one_step(front, private, some) for some in canaries]))
+    return _diagonal(world, outputs)
+
+
+def _one_step(front: nn.Linear, private: DpGradients, canaries_B1: Tensor) -> Tensor:
+    """[B, 1]: the noised sum of per-record gradients, of which each canary has a coordinate of its own."""
+    rows = len(canaries_B1)
+    inputs = canaries_B1 * torch.eye(rows, _CANARIES)
+    for micro_batch in inputs.split(max(1, rows // 2)):
+        with private.per_record(rows):
+            output = front(micro_batch)
+            output.backward(torch.full_like(output, 1 / rows))
+    private.finish(rows)
+    assert front.weight.grad is not None
+    return front.weight.grad[0, :rows, None] * rows
+
+
+def _sums(world: World, rate: float, noise: float) -> list[Tensor]:
+    """Sums ``[W, 4]`` of two runs, a class a world: a bystander of zeros each, and the record where it is there."""
+    there = world.sign != 0
+    worlds, found = torch.arange(len(there)), []
+    labels = torch.cat([worlds, worlds[there]])
+    aggregate = Aggregate(clip=_CLIP, rate=rate, releases=1, noise=noise)
+    policy = Policy(activations=aggregate, classes=max(2, len(there)))
+    for turn in (0, 1):
+        rows = torch.cat([torch.zeros(len(there), 4), world.records(turn, 4)[there]])
+        table = world.guard(policy, vanilla=True).table(Records(rows, labels))
+        found.append(table.rows[: len(there)] * max(1.0, rate * len(rows) / len(there)))
+    return found
+
+
+def _all_sums(world: World) -> Floats:
+    return _diagonal(world, _sums(world, 1.0, world.noise))
+
+
+def _sampled_sums(world: World) -> Floats:
     shift = 1 / _MULTIPLIER
-    bystander = 0.3 * 2  # its projection on the diagonal
-    first, second = ((output.sum(1).to(torch.float64).numpy() / 2 - bystander) / _MULTIPLIER for output in outputs)
+    first, second = (
+        sums.sum(1).to(torch.float64).numpy() / 2 / _MULTIPLIER for sums in _sums(world, _RATE, _MULTIPLIER)
+    )
 
     def ratio(seen: Floats) -> Floats:
         return np.asarray(np.log1p(_RATE * np.expm1(shift * seen - shift**2 / 2)))
@@ -226,48 +368,48 @@ def _sampled_scores(world: World) -> Floats:
     return np.stack([score, first - second])
 
 
-def _sampled_events(_: World, count: int) -> list[Event]:
-    return [SampledGaussian(rate=_RATE, noise_multiplier=_MULTIPLIER, steps=count)]
+def _moments(world: World) -> Floats:
+    """Two classes and two features a world: the record is e₁ in the one class, then e₂ in the other.
 
-
-def _moment_noise(world: World) -> float:
-    return moments_sensitivity(_COUNT_WEIGHT, _SECOND_WEIGHT, world.relation) * math.sqrt(_RELEASES) / _MU
-
-
-def _moment_scores(world: World) -> Floats:
-    """Two classes and two features a world: the record is e₁ in the one class, then e₂ in the other."""
-    worlds, basis = 2 * torch.arange(world.draws), torch.eye(2)
-    outputs = []
+    Rows are sampled from what is noised: that is what an attacker could know at best.
+    """
+    count, basis, outputs = len(world.member), torch.eye(2), []
     for turn in (0, 1):
-        which = turn if world.member else 1 - turn
-        record = _TOO_LONG * basis[which].repeat(world.draws, 1)
-        if world.poisoned and world.member:
-            record[:, 0] = torch.nan
-        kept = world.draws if world.sign else 0
-        rows = torch.cat([torch.full((2 * world.draws, 2), 0.5), record[:kept]])
-        labels = torch.cat([torch.arange(2 * world.draws), worlds[:kept] + which])
-        outputs.append(_moment_vector(world, rows, labels))
-    points = [torch.cat([basis[which] * _COUNT_WEIGHT, *_placed(which)]).to(torch.float64) for which in (0, 1)]
+        which = torch.where(world.member, turn, 1 - turn)
+        record = world.longest * basis[which]
+        if world.poisoned:
+            record[world.member, 0] = torch.nan
+        there = world.sign != 0
+        rows = torch.cat([torch.full((2 * count, 2), 0.5), record[there]])
+        labels = torch.cat([torch.arange(2 * count), (2 * torch.arange(count) + which)[there]])
+        outputs.append(_moment_vector(world, Records(rows, labels)))
+    points = [torch.cat([basis[which] * _COUNT_WEIGHT, *_placed(which)]) for which in (0, 1)]
     return _linear(world, outputs, points[0], points[1])
 
 
-def _moment_vector(world: World, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    made = noisy_moments(
-        rows,
-        labels,
-        classes=2 * world.draws,
+def _moment_vector(world: World, records: Records) -> Tensor:
+    reach = moments_sensitivity(_COUNT_WEIGHT, _SECOND_WEIGHT, world.relation)
+    plan = Moments(
+        noise=reach * math.sqrt(_RELEASES) / _MU,
         count_weight=_COUNT_WEIGHT,
         second_weight=_SECOND_WEIGHT,
         per_class=True,
-        weights=None,
-        sigma=_moment_noise(world),
-        noise=world.noise,
+        rows=2,
     )
+    found: list[NoisyMoments] = []
+
+    def tapped(moments: NoisyMoments, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        found.append(moments)
+        return torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+
+    with mock.patch.object(tables, "sample_rows", tapped):
+        world.guard(Policy(activations=plan, classes=2 * len(world.member)), vanilla=True).table(records)
+    (made,) = found
     parts = (made.counts * _COUNT_WEIGHT, made.sums, made.seconds * _SECOND_WEIGHT)
-    return torch.cat([part.reshape(world.draws, -1) for part in parts], dim=1)
+    return torch.cat([part.reshape(len(world.member), -1) for part in parts], dim=1)
 
 
-def _placed(which: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _placed(which: int) -> tuple[Tensor, Tensor]:
     """The sums ``[2 * 2]`` and second moments ``[2 * 2 * 2]`` of the record as e₁ in class 0 or e₂ in class 1."""
     sums, seconds = torch.zeros(2, 2), torch.zeros(2, 2, 2)
     sums[which, which] = 1
@@ -275,142 +417,186 @@ def _placed(which: int) -> tuple[torch.Tensor, torch.Tensor]:
     return sums.flatten(), seconds.flatten()
 
 
-def _moment_events(world: World, count: int) -> list[Event]:
-    add, replace = (
-        moments_sensitivity(_COUNT_WEIGHT, _SECOND_WEIGHT, relation)
-        for relation in (Relation.ADD_REMOVE, Relation.REPLACE_ONE)
-    )
-    return [Gaussian(sensitivity=add, sensitivity_replace=replace, noise=_moment_noise(world), count=count)]
+def _clear(world: World) -> Floats:
+    """Nothing is claimed; so there is nothing to refute."""
+    guard = world.guard(CLEAR)
+    return guard.activations([world.records(0, 1)])[0].tensor.T.to(torch.float64).numpy()
 
 
-def _label_scores(world: World) -> Floats:
-    """A label 0, then 1; on the neighbour 1, then 0."""
-    first, second = (
-        mechanisms.randomize_labels(
-            torch.full((world.draws,), turn if world.member else 1 - turn),
-            classes=_CLASSES,
-            epsilon=_LABEL_EPSILON,
-            noise=world.noise,
-        ).numpy()
-        for turn in (0, 1)
-    )
-    ratio = (first == 0) * 1.0 - (first == 1) + (second == 1) - (second == 0)
-    step = (second - first) % _CLASSES
-    return np.stack([ratio, (step == 1) * 1.0 - (step == _CLASSES - 1)])
-
-
-def _label_events(_: World, count: int) -> list[Event]:
-    return [RandomizedResponse(epsilon=_LABEL_EPSILON, classes=_CLASSES, count=count)]
-
-
+_NOTHING_CLIPPED: Final = frozenset({"no clipping", "clip after noise", "NaN rows"})
+_BOUNDED_ONLY: Final = _NOTHING_CLIPPED | {"half the noise", "reused noise", "C for 2C"}
 TREATMENTS: Final = (
-    Treatment("rows", lambda world: _row_scores(world, (4,)), _row_events),
-    Treatment("gaussian on gradients", lambda world: _row_scores(world, (2, 3)), _row_events),
-    Treatment("sums", _sum_scores, _row_events),
-    Treatment("sums of a secret sample", _sampled_scores, _sampled_events, normal=False),
-    Treatment("moments", _moment_scores, _moment_events),
-    Treatment("randomized response", _label_scores, _label_events, (Relation.REPLACE_ONE,), normal=False),
+    Treatment(name="clear", scores=_clear, spends=1, normal=False, immune=_BOUNDED_ONLY),
+    Treatment(name="rows, once", scores=_rows_once),
+    Treatment(name="rows, fresh", scores=_rows_fresh),
+    Treatment(name="aggregate", scores=_sampled_sums, normal=False),
+    Treatment(name="aggregate, all records", scores=_all_sums),
+    Treatment(name="moments", scores=_moments, longest=1.0),
+    Treatment(name="dp_sgd on the front", scores=_front, kind="front", one_run=True, most_draws=10_000),
+    Treatment(name="gaussian on gradients", scores=_gradients, kind="gradients"),
+    Treatment(
+        name="randomized_response",
+        scores=_labels,
+        kind="labels",
+        relations=(Relation.REPLACE_ONE,),  # the other one costs a label as much
+        normal=False,
+        immune=_NOTHING_CLIPPED | {"C for 2C"},
+    ),
 )
+
+
+def nothing_leaves(ledger: Ledger) -> bool:
+    """Whether a guard with ``never`` refuses labels, predictions, and activations that are no table."""
+    policy = Policy(activations=Rows(clip=1.0, noise=1.0), labels=Never(), inference=Never())
+    guard, some = Guard(policy, ledger), torch.ones(2, 2)
+    doors: tuple[Callable[[], object], ...] = (
+        lambda: guard.labels(torch.zeros(2, dtype=torch.int64)),
+        lambda: guard.inference([some]),
+        lambda: guard.activations([some]),
+        lambda: guard.gradients([some]),
+    )
+    for door in doors:
+        with contextlib.suppress(ReleaseRefusedError):
+            door()
+            return False
+    return not guard.sent
 
 
 # --- what is broken on purpose
 
 
-class _Half(Noise):
-    share: ClassVar[float] = 0.5
-
-    def gaussian(self, shape: Sequence[int], sigma: float) -> torch.Tensor:
-        return super().gaussian(shape, sigma) * self.share
+_gaussian, _uniform, _added_to = Noise.gaussian, Noise.uniform, Noise.added_to
 
 
-class _TenthLess(_Half):
-    share = 0.9
+def _reduced(share: float) -> Patch:
+    return Noise, "gaussian", lambda self, shape, sigma: _gaussian(self, shape, sigma) * share
 
 
-class _Reused(Noise):
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: dict[object, torch.Tensor] = {}
+def _reused() -> list[Patch]:
+    """Noise that begins anew in each run or epoch, as from a seed."""
+    kept: dict[object, Tensor] = {}
 
-    def gaussian(self, shape: Sequence[int], sigma: float) -> torch.Tensor:
-        key = (*shape, sigma)
-        if key not in self._kept:
-            self._kept[key] = super().gaussian(shape, sigma)
-        return self._kept[key]
+    def gaussian(self: Noise, shape: Sequence[int], sigma: float) -> Tensor:
+        kept.setdefault(key := (*shape, sigma), _gaussian(self, shape, sigma))
+        return kept[key]
 
-    def uniform(self, shape: Sequence[int]) -> torch.Tensor:
-        key = tuple(shape)
-        if key not in self._kept:
-            self._kept[key] = super().uniform(shape)
-        return self._kept[key]
+    def uniform(self: Noise, shape: Sequence[int]) -> Tensor:
+        kept.setdefault(key := tuple(shape), _uniform(self, shape))
+        return kept[key]
+
+    return [(Noise, "gaussian", gaussian), (Noise, "uniform", uniform)]
 
 
-class _ClippedLate(Noise):
-    def added_to(self, values: torch.Tensor, sigma: float) -> torch.Tensor:
-        return clip_rows(super().added_to(values, sigma), _CLIP)
-
-
-def _as_it_is(x: torch.Tensor, _: float) -> torch.Tensor:
+def _as_it_is(x: Tensor, _: float) -> Tensor:
     return x
+
+
+def _no_clip() -> list[Patch]:
+    """No clip, nor a look at norms before it, wherever they stand."""
+    return [
+        (mechanisms, "clip_rows", _as_it_is),
+        (tables, "clip_rows", _as_it_is),
+        (tables, "float", lambda _: 0.0),  # of the greatest norm, where moments are taken
+        (torch.Tensor, "clamp_max", lambda x, _: torch.ones_like(x)),  # of the factors of DP-SGD
+    ]
+
+
+def _clip_late() -> list[Patch]:
+    late = (Noise, "added_to", lambda self, values, sigma: clip_rows(_added_to(self, values, sigma), _CLIP))
+    return [*_no_clip(), late]
 
 
 def _half_chance(epsilon: float, classes: int) -> float:
     return (classes - 1) / (math.exp(epsilon) + classes - 1) / 2
 
 
-@dataclass(frozen=True, slots=True)
+def _half_noise() -> list[Patch]:
+    return [_reduced(0.5), (mechanisms, "_moving_chance", _half_chance)]
+
+
+def _tenth_less() -> list[Patch]:
+    return [_reduced(0.9)]
+
+
+def _nothing_checked() -> list[Patch]:
+    return [(torch, "isfinite", lambda x: torch.ones_like(x, dtype=torch.bool))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mutation:
-    """A defect, and how it gets into the mechanisms, the data or the claim.
+    """A defect, and how it gets into the code, the data or the claim.
 
     Attributes:
-        noise: what noise comes from.
-        broken: the function of :mod:`privacy.mechanisms` that is replaced, and by what.
+        patches: what is replaced, where, and by what.
+        longest: the norm of the values, where treatments that take no long ones must be shown some.
         poisoned: the record holds NaN.
-        counted: releases that the claim counts.
+        forgetful: the ledger loses the last release.
         relation: that the claim is computed for, where it is another one than the neighbours'.
-        labels: it can befall randomized response.
         by_mu: the μ test is what must catch it.
     """
 
     name: str
-    noise: type[Noise] = Noise
-    broken: tuple[str, object] | None = None
+    patches: Callable[[], list[Patch]] = list
+    longest: float = 0.0
     poisoned: bool = False
-    counted: int = _RELEASES
+    forgetful: bool = False
     relation: Relation | None = None
-    labels: bool = False
     by_mu: bool = False
 
     def befalls(self, treatment: Treatment, relation: Relation) -> bool:
         """Whether there is anything of this kind to break."""
         if self.by_mu and not treatment.normal:
             return False
-        if treatment.name == "randomized response" and not self.labels:
-            return False
-        return self.relation is None or self.relation is not relation
+        return self.name not in treatment.immune and (self.relation is None or self.relation is not relation)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The mechanisms, broken."""
-        with mock.patch.object(mechanisms, *self.broken) if self.broken else contextlib.nullcontext():
+    def applied(self, spends: int) -> Iterator[None]:
+        """The code, broken; of so many ``spends`` a forgetful ledger loses the last."""
+        patches, written, spend = self.patches(), itertools.count(1), Ledger.spend
+
+        def forgets(*args: Any, **more: Any) -> object:
+            return None if next(written) == spends else spend(*args, **more)
+
+        if self.forgetful:
+            patches.append((Ledger, "spend", forgets))
+        with contextlib.ExitStack() as stack:
+            for owner, name, new in patches:
+                stack.enter_context(mock.patch.object(owner, name, new, create=name == "float"))
             yield
 
 
-HONEST: Final = Mutation("none", labels=True)
+HONEST: Final = Mutation(name="none")
 MUTATIONS: Final = (
-    Mutation("half the noise", _Half, ("_moving_chance", _half_chance), labels=True),
-    Mutation("no clipping", broken=("clip_rows", _as_it_is)),
-    Mutation("clip after noise", _ClippedLate, ("clip_rows", _as_it_is)),
-    Mutation("reused noise", _Reused, labels=True),
-    Mutation("C for 2C", relation=Relation.ADD_REMOVE),
-    Mutation("a forgotten release", counted=1, labels=True),
-    Mutation("NaN rows", broken=("_check_finite", lambda _: None), poisoned=True),
-    Mutation("noise a tenth too low", _TenthLess, by_mu=True),
+    Mutation(name="half the noise", patches=_half_noise),
+    Mutation(name="no clipping", patches=_no_clip, longest=_TOO_LONG),
+    Mutation(name="clip after noise", patches=_clip_late, longest=_TOO_LONG),
+    Mutation(name="reused noise", patches=_reused),
+    Mutation(name="C for 2C", relation=Relation.ADD_REMOVE),
+    Mutation(name="a forgotten release", forgetful=True),
+    Mutation(name="NaN rows", patches=_nothing_checked, poisoned=True),
+    Mutation(name="noise a tenth too low", patches=_tenth_less, by_mu=True),
 )
 
 
+@contextlib.contextmanager
+def _entropy(seed: int | None) -> Iterator[None]:
+    """Noise of the operating system's; or, for tests that must always end alike, from a seed."""
+    keys = (hashlib.sha256(f"{seed} {number}".encode()).digest() for number in itertools.count())
+    with contextlib.nullcontext() if seed is None else mock.patch.object(Noise, "_key", side_effect=keys):
+        yield
+
+
+_data_sets: Final = itertools.count()
+
+
 def attack(
-    treatment: Treatment, relation: Relation, mutation: Mutation = HONEST, *, draws: int, seed: int | None = None
+    treatment: Treatment,
+    relation: Relation,
+    mutation: Mutation = HONEST,
+    *,
+    draws: int,
+    ledger: Ledger,
+    seed: int | None = None,
 ) -> tuple[Breach | None, bool]:
     """One attack: what the profile test finds, and whether the μ test does.
 
@@ -418,41 +604,134 @@ def attack(
         treatment: what is attacked.
         relation: of the neighbours.
         mutation: what is broken.
-        draws: on each side.
+        draws: on each side, as far as the treatment takes so many.
+        ledger: in which the guards write.
         seed: for a test that must always end alike; none: the operating system's entropy.
     """
-    noise = mutation.noise() if seed is None else mutation.noise._seeded(seed)
-    sampler = np.random.default_rng(seed)
-    sides = []
-    for member in (True, False):
-        world = World(
-            relation=relation,
-            member=member,
-            draws=draws,
-            noise=noise,
-            sampler=sampler,
-            poisoned=mutation.poisoned,
-        )
-        with mutation.applied():
-            sides.append(treatment.scores(world))
-    events = treatment.events(world, mutation.counted)
+    draws = min(draws, treatment.most_draws)
+    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    sides = [torch.ones(draws, dtype=torch.bool), torch.zeros(draws, dtype=torch.bool)]
+    if treatment.one_run and not mutation.poisoned:  # one NaN spoils a whole step, for all others in it too
+        sides = [torch.cat(sides)[torch.randperm(2 * draws, generator=generator)]]
+    found = []
+    with _entropy(seed):
+        for member in sides:
+            world = World(
+                relation=relation,
+                member=member,
+                longest=max(treatment.longest, mutation.longest),
+                poisoned=mutation.poisoned,
+                ledger=ledger,
+                data_set=f"audit {next(_data_sets)}",
+            )
+            with mutation.applied(treatment.spends):
+                found.append(treatment.scores(world))
+    scores, members = np.concatenate(found, axis=1), torch.cat(sides).numpy()
+    events = [entry.event for entry in ledger.entries(world.data_set) if entry.kind == treatment.kind]
     claimed = mutation.relation or relation
-    breach = profile_test(sides[0], sides[1], lambda epsilon: delta_of(events, epsilon, claimed))
-    return breach, treatment.normal and not mutation.poisoned and mu_test(sides[0][0], sides[1][0], _MU)
+    ours, others = scores[:, members], scores[:, ~members]
+    breach = profile_test(ours, others, lambda epsilon: delta_of(events, epsilon, claimed))
+    return breach, treatment.normal and not mutation.poisoned and mu_test(ours[0], others[0], _MU)
 
 
 def caught(
-    treatment: Treatment, relation: Relation, mutation: Mutation, *, draws: int, seed: int | None = None
+    treatment: Treatment,
+    relation: Relation,
+    mutation: Mutation,
+    *,
+    draws: int,
+    ledger: Ledger,
+    seed: int | None = None,
 ) -> bool:
-    """Whether the test that must catch a mutation does; NaN must be refused besides where nothing is broken."""
-    breach, far = attack(treatment, relation, mutation, draws=draws, seed=seed)
-    if mutation.poisoned:
+    """Whether the test that must catch a mutation does.
+
+    What an honest guard refuses besides (NaN, and rows too long for moments) must be refused where nothing is broken.
+    """
+    breach, far = attack(treatment, relation, mutation, draws=draws, ledger=ledger, seed=seed)
+    if mutation.poisoned or mutation.longest > treatment.longest:
+        unbroken = Mutation(name="", poisoned=mutation.poisoned, longest=mutation.longest)
         try:
-            attack(treatment, relation, Mutation("", poisoned=True), draws=10)
-        except NonFiniteError:
+            attack(treatment, relation, unbroken, draws=10, ledger=ledger)
+        except (NonFiniteError, ConfigError):
             return breach is not None
         return False
     return far if mutation.by_mu else breach is not None
+
+
+# --- which records join a sample
+
+
+def _shuffled() -> list[Patch]:
+    """Samples are parts of a shuffled epoch: each record joins one of them."""
+    order: list[Tensor] = []
+
+    def uniform(self: Noise, shape: Sequence[int]) -> Tensor:
+        size = math.prod(shape)
+        if not order:
+            order.extend(_uniform(self, shape).argsort().split(size // _SAMPLES))
+        made = torch.ones(size, dtype=torch.float64)
+        made[order.pop()] = 0.0
+        return made
+
+    return [(Noise, "uniform", uniform)]
+
+
+def _of_one_size() -> list[Patch]:
+    def uniform(self: Noise, shape: Sequence[int]) -> Tensor:
+        return _uniform(self, shape).argsort().argsort() / math.prod(shape)
+
+    return [(Noise, "uniform", uniform)]
+
+
+def _too_often() -> list[Patch]:
+    return [(Noise, "uniform", lambda self, shape: _uniform(self, shape) * 0.9)]
+
+
+def _the_same_again() -> list[Patch]:
+    return _reused()[1:]
+
+
+SAMPLERS: Final = (
+    Mutation(name="shuffled", patches=_shuffled),
+    Mutation(name="of one size", patches=_of_one_size),
+    Mutation(name="a tenth too often", patches=_too_often),
+    Mutation(name="the same again", patches=_the_same_again),
+)
+
+
+def sampler_fails(mutation: Mutation = HONEST, *, ledger: Ledger, seed: int | None = None) -> bool:
+    """Whether the records that join samples do so otherwise than each by its own coin, beyond chance.
+
+    Which ones join is read off an aggregate with next to no noise, in which each record is its own class. Their number
+    in each sample is binomial, and so is the number that two samples share.
+    """
+    aggregate = Aggregate(clip=1.0, rate=1 / _SAMPLES, releases=_SAMPLES, noise=1e-3)
+    policy = Policy(activations=aggregate, classes=_RECORDS)
+    situation = Situation(
+        data_set=f"audit {next(_data_sets)}",
+        run="audit",
+        vanilla=True,
+        front_learns=False,
+        head_learns=False,
+        once_an_epoch=True,
+    )
+    with _entropy(seed), mutation.applied(0):
+        guard = Guard(policy, ledger)
+        guard.begin(situation)
+        rows = guard.table(Records(torch.ones(_RECORDS, 1), torch.arange(_RECORDS))).rows
+    joins = (rows.reshape(_SAMPLES, _RECORDS) > 0.5).to(torch.float64)  # half a record
+    rate = aggregate.rate
+    sizes, shared = joins.sum(1), (joins @ joins.T)[*torch.triu_indices(_SAMPLES, _SAMPLES, offset=1)]
+    return _not_binomial(sizes, rate) or _not_binomial(shared, rate**2)
+
+
+def _not_binomial(counts: Tensor, rate: float) -> bool:
+    """Whether ``counts`` of ``_RECORDS`` coins lie too far from or too near to their mean, or to one side of it."""
+    deviations = ((counts - _RECORDS * rate) / math.sqrt(_RECORDS * rate * (1 - rate))).numpy()
+    level = FALSE_ALARM / 4
+    spread = float(stats.chi2.sf((deviations**2).sum(), len(deviations)))
+    aside = float(stats.norm.sf(abs(deviations.sum()) / math.sqrt(len(deviations)))) * 2
+    return spread < level or spread > 1 - level or aside < level
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -463,26 +742,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m tests.audit_dp", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--draws", type=int, default=40_000, help="on each side (%(default)s)")
-    parser.add_argument("--honest", type=int, default=40, help="runs of each mechanism as it is (%(default)s)")
+    parser.add_argument("--honest", type=int, default=40, help="runs of each treatment as it is (%(default)s)")
+    names = [treatment.name for treatment in TREATMENTS]
+    parser.add_argument("--treatment", choices=names, action="append", help="again and again; all unless said")
     options = parser.parse_args(arguments)
+    console = Console(width=180)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_ledger(Path(folder))) as ledger:
+        table, failed = _audited(options.treatment or names, options.draws, options.honest, ledger)
+        console.print(table)
+        if options.treatment is None:
+            samplers, misses = _samplers(options.honest, ledger)
+            console.print(samplers)
+            kept = nothing_leaves(ledger)
+            console.print(f"never: {'nothing left' if kept else 'SOMETHING LEFT'}")
+            failed |= misses or not kept
+    return int(failed)
+
+
+def _ledger(folder: Path) -> Ledger:
+    return Ledger(f"sqlite:///{folder / 'privacy.sqlite'}")
+
+
+def _audited(names: Sequence[str], draws: int, honest: int, ledger: Ledger) -> tuple[Table, bool]:
     table = Table("treatment", "neighbours", "false alarms", *(mutation.name for mutation in MUTATIONS))
     failed = False
     for treatment in TREATMENTS:
-        for relation in treatment.relations:
-            runs = [attack(treatment, relation, draws=options.draws) for _ in range(options.honest)]
+        for relation in treatment.relations if treatment.name in names else ():
+            runs = [attack(treatment, relation, draws=draws, ledger=ledger) for _ in range(honest)]
             alarms = sum(breach is not None or far for breach, far in runs)
             cells = []
             for mutation in MUTATIONS:
                 if not mutation.befalls(treatment, relation):
                     cells.append("–")
                     continue
-                found = caught(treatment, relation, mutation, draws=options.draws)
+                found = caught(treatment, relation, mutation, draws=draws, ledger=ledger)
                 failed |= not found
                 cells.append("caught" if found else "MISSED")
             failed |= alarms > 0
-            table.add_row(treatment.name, relation.value, f"{alarms} of {options.honest}", *cells)
-    Console(width=160).print(table)
-    return int(failed)
+            table.add_row(treatment.name, relation.value, f"{alarms} of {honest}", *cells)
+    return table, failed
+
+
+def _samplers(honest: int, ledger: Ledger) -> tuple[Table, bool]:
+    table = Table("sampler", "false alarms", *(mutation.name for mutation in SAMPLERS))
+    alarms = sum(sampler_fails(ledger=ledger) for _ in range(honest))
+    found = [sampler_fails(mutation, ledger=ledger) for mutation in SAMPLERS]
+    table.add_row("aggregate", f"{alarms} of {honest}", *("caught" if each else "MISSED" for each in found))
+    return table, alarms > 0 or not all(found)
 
 
 if __name__ == "__main__":

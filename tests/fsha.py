@@ -4,10 +4,11 @@
 those are the attack's (Pasquini, Ateniese and Bernaschi 2021, section 3). A *pilot* network maps public data to the
 shape of the smashed data, a *decoder* inverts it, a *critic* tells the pilot's activations from the owner's, and the
 owner's front receives the gradient that makes its activations look like the pilot's: then the decoder inverts them too.
-``--honest`` trains through honest nodes instead. Both print a table.
+``--honest`` trains through honest nodes instead. Both print a table. The owner is a :class:`cloister.Trainer` as
+anybody makes it: the alarm is its own, on by default.
 
-The node is a process of its own, over gRPC and mutual TLS; its public data is the half of the digits that owners do not
-train on.
+The node is a process of its own, over gRPC and mutual TLS; its public data is the part of the data set that owners do
+not train on.
 
 Shapes: ``B`` rows; smashed data ``[B, ...]``.
 """
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, ClassVar, Final, Literal, Self
 from unittest import mock
@@ -36,13 +39,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cloister
-from client_side import steps, trainer
 from cloister import digits, heartbeats
 from cloister import main as cli
 from examples import models
-from privacy.hijack import HijackDetector, HijackEvidence, HijackSuspectedError
 from server_side import keeper
 from server_side.session import Session
+from wire.errors import HijackSuspectedError
 from wire.identity import Identity, create_identity
 
 __all__ = ["EXAMPLES", "Attack", "Hijacker", "HijackingNode", "Setting", "Verdict", "train"]
@@ -90,7 +92,8 @@ class Hijacker:
         (steering,) = torch.autograd.grad(self._fooled(self._critic(fooled)), fooled)
         self._learn(smashed.detach())
         lengths = _lengths(honest) / _lengths(steering).clamp_min(1e-30)
-        return (1 - self._attack.mix) * honest + self._attack.mix * lengths * steering
+        mixed: Tensor = (1 - self._attack.mix) * honest + self._attack.mix * lengths * steering
+        return mixed
 
     def reconstruct(self, smashed: Tensor) -> Tensor:
         """What the attacker sees [B, ...]."""
@@ -118,7 +121,8 @@ class Hijacker:
         share = torch.rand(len(mapped), *[1] * (mapped.ndim - 1), generator=self._generator)
         between = (share * mapped + (1 - share) * smashed).requires_grad_()
         (slope,) = torch.autograd.grad(self._critic(between).sum(), between, create_graph=True)
-        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        steepness: Tensor = (_lengths(slope) - 1).square().mean()
+        return steepness
 
 
 def _network(inside: int, outside: int, shape: Sequence[int]) -> nn.Module:
@@ -138,12 +142,13 @@ def _pilot(public: Sequence[int], smashed: Sequence[int]) -> nn.Module:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    return rows.flatten(1).norm(dim=1).view(-1, *[1] * (rows.ndim - 1))
+    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    return lengths.view(-1, *[1] * (rows.ndim - 1))
 
 
 def _move(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+    loss.backward()
     optimizer.step()
 
 
@@ -166,9 +171,14 @@ def _tokens(split: Literal["train", "test"]) -> TensorDataset:
     return TensorDataset(images[:, 0], labels)
 
 
-def _flat(split: Literal["train", "test"]) -> TensorDataset:
+def _large(split: Literal["train", "test"]) -> TensorDataset:
     images, labels = digits.load(split).tensors
-    return TensorDataset(functional.interpolate(images, size=(28, 28)).flatten(1), labels)
+    return TensorDataset(functional.interpolate(images, size=(28, 28)), labels)
+
+
+def _flat(split: Literal["train", "test"]) -> TensorDataset:
+    images, labels = _large(split).tensors
+    return TensorDataset(images.flatten(1), labels)
 
 
 def _beats(split: Literal["train", "test"]) -> TensorDataset:
@@ -180,7 +190,9 @@ EXAMPLES: Final = {
     "resnet": Example(partial(models.small_resnet, dropout=0.1), "relu", "fc", _digits),
     "ecg": Example(models.ecg_cnn, "stem", "head", _beats),
     "transformer": Example(partial(models.transformer, tokens=8, features=8), "embed", "fc", _tokens),
+    "lstm": Example(partial(models.lstm, classes=10), "embed", "fc", _tokens),
     "mlp": Example(models.mlp, "relu1", "fc3", _flat),
+    "small cnn": Example(models.small_cnn, "stem", "head", _large),
 }
 
 
@@ -225,7 +237,7 @@ class HijackingNode:
             ["cloister", "node"] if attack is None else ["tests.fsha", "serve", example, json.dumps(asdict(attack))]
         )
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        self._log = folder / "node.log"
+        self.folder, self._log = folder, folder / "node.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *program, *told],
@@ -268,33 +280,17 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a run ended: at which step (from 0) the alarm sounded, if it did, and what the detector goes by."""
+    """How a run ended.
+
+    Attributes:
+        alarm: the step (from 0) at which the alarm sounded, if it did.
+        highest: score of the alarm over all steps.
+        evidence: what the owner kept.
+    """
 
     alarm: int | None
-    evidence: HijackEvidence
-
-    @property
-    def highest(self) -> float:
-        """The highest score of the windows that are kept."""
-        return max((window.score for window in self.evidence.windows), default=0.0)
-
-
-class _Watched(steps.StepRunner):
-    """Shows a detector what comes back."""
-
-    detector: ClassVar[HijackDetector]
-    _at = 0
-
-    def run(self, step: int, batch: list[steps.MicroBatch]) -> float:
-        self._at = step
-        return super().run(step, batch)
-
-    def _backward(self, answer: Any) -> None:
-        flying = self._flying[0]
-        sent = [s for s in flying.smashed if s.is_floating_point()]
-        returned = self._answers.gradients(answer.tensors, sent)
-        self.detector.observe(self._at, flying.labels, *(g for g in returned if g is not None))
-        super()._backward(answer)
+    highest: float
+    evidence: Path | None = None
 
 
 def train(
@@ -308,9 +304,9 @@ def train(
     loader = DataLoader(data, setting.batch, shuffle=True, drop_last=True, generator=order)
     head = None if setting.vanilla else example.head
     cut = cloister.cut(whole, front=example.front, head=head, example=data.tensors[0][: setting.batch])
-    _Watched.detector = HijackDetector(seed=seed)
+    watch = _Watch(last_step)
     with (
-        mock.patch.object(trainer, "StepRunner", _Watched),
+        mock.patch.object(tempfile, "tempdir", str(node.folder)),  # the evidence goes there
         cloister.Trainer(
             cut,
             node=node.address,
@@ -319,22 +315,34 @@ def train(
             optimizer=setting.optimizer,
             micro_batches=setting.micro_batches,
             seed=seed,
-            callbacks=[_Stop(last_step)],
+            callbacks=[watch],
         ) as owner,
     ):
+        watch.owner = owner
         try:
             owner.fit(loader, epochs=1 + last_step // len(loader))
-        except HijackSuspectedError:
-            return Verdict(owner.state.global_step, _Watched.detector.evidence())
-    return Verdict(None, _Watched.detector.evidence())
+        except HijackSuspectedError as error:
+            told = re.search(r"the evidence is in (\S+)", str(error))
+            return Verdict(owner.state.global_step, _score(owner), Path(told[1]) if told else None)
+    return Verdict(None, watch.highest)
 
 
-class _Stop(cloister.Callback):
+class _Watch(cloister.Callback):
+    """Stops after a step, and remembers how near the alarm came."""
+
+    owner: cloister.Trainer
+
     def __init__(self, after: int) -> None:
-        self._after = after
+        self._after, self.highest = after, 0.0
 
     def on_step_end(self, state: cloister.TrainState, control: cloister.Control, end: cloister.StepEnd) -> None:  # noqa: ARG002
+        self.highest = max(self.highest, _score(self.owner))
         control.should_training_stop = end.step >= self._after
+
+
+def _score(owner: cloister.Trainer) -> float:
+    assert owner._hijack is not None, "the alarm is on where the front learns"
+    return owner._hijack._score
 
 
 #: What varies with the seed, in turn.
@@ -343,26 +351,35 @@ _SETTINGS: Final = (
     Setting(optimizer=cloister.SGD(lr=0.02, momentum=0.9)),
     Setting(vanilla=True, batch=32),
     Setting(vanilla=True, optimizer=cloister.SGD(lr=0.05, momentum=0.9), micro_batches=4),
-    Setting(batch=256, micro_batches=2),
+    Setting(batch=128, micro_batches=2),
 )
 
 
-def _table(names: Sequence[str], seeds: int, attack: Attack | None, last_step: int) -> bool:
-    """Prints a line an example, and each run of it that went wrong; whether all went as they should."""
+def _table(names: Sequence[str], seeds: range, attack: Attack | None, last_step: int, log: Path | None) -> bool:
+    """Prints a line an example; whether all runs went as they should."""
     _print(f"{'example':12} {'runs':>4} {'alarms':>6} {'first':>6} {'median':>6} {'last':>6} {'highest score':>13}")
     fine = True
     for name in names:
         with tempfile.TemporaryDirectory() as folder, HijackingNode(Path(folder), name, attack) as node:
-            verdicts = [
-                train(node, name, seed, last_step=last_step, setting=_SETTINGS[seed % len(_SETTINGS)])
-                for seed in range(seeds)
-            ]
+            verdicts = [_logged(log, node, name, seed, last_step) for seed in seeds]
         alarms = sorted(verdict.alarm for verdict in verdicts if verdict.alarm is not None)
-        when = [f"{step:6}" for step in (alarms[0], alarms[len(alarms) // 2], alarms[-1])] if alarms else ["     -"] * 3
+        when = [f"{step:6g}" for step in (alarms[0], median(alarms), alarms[-1])] if alarms else ["     -"] * 3
         highest = max(verdict.highest for verdict in verdicts)
-        _print(f"{name:12} {seeds:4} {len(alarms):6} {' '.join(when)} {highest:13.3f}")
-        fine &= not alarms if attack is None else len(alarms) >= 0.95 * seeds
+        _print(f"{name:12} {len(seeds):4} {len(alarms):6} {' '.join(when)} {highest:13.3f}")
+        fine &= not alarms if attack is None else len(alarms) >= 0.95 * len(seeds)
     return fine
+
+
+def _logged(log: Path | None, node: HijackingNode, name: str, seed: int, last_step: int) -> Verdict:
+    """One run, in the setting that its seed has the turn of; a line of JSON is added to ``log``."""
+    number = seed % len(_SETTINGS)
+    verdict = train(node, name, seed, last_step=last_step, setting=_SETTINGS[number])
+    if log is not None:
+        kept = verdict.evidence is not None and verdict.evidence.stat().st_size
+        line = {"example": name, "seed": seed, "setting": number, "alarm": verdict.alarm, "highest": verdict.highest}
+        with log.open("a") as file:
+            file.write(json.dumps(line | {"evidence_bytes": kept}) + "\n")
+    return verdict
 
 
 def _print(line: str) -> None:
@@ -372,15 +389,19 @@ def _print(line: str) -> None:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fsha", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--honest", action="store_true", help="through honest nodes: no alarm is the right answer")
     parser.add_argument("--example", choices=sorted(EXAMPLES), action="append", help="again and again; all unless said")
     parser.add_argument("--critic", choices=("wasserstein", "bce"), default="wasserstein")
     parser.add_argument("--mix", type=float, default=1.0, help="the attack's share of each gradient")
+    parser.add_argument("--begin", type=int, default=0, help="the step before which the node is honest")
+    parser.add_argument("--log", type=Path, help="a file, to which a line of JSON is added after each run")
     wishes = parser.parse_args()
-    attack = None if wishes.honest else Attack(wishes.critic, wishes.mix)
+    attack = None if wishes.honest else Attack(wishes.critic, wishes.mix, wishes.begin)
+    seeds = range(wishes.first_seed, wishes.first_seed + wishes.seeds)
     torch.set_num_threads(1)
-    return 0 if _table(wishes.example or list(EXAMPLES), wishes.seeds, attack, wishes.steps) else 1
+    return 0 if _table(wishes.example or list(EXAMPLES), seeds, attack, wishes.steps, wishes.log) else 1
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Recorder:
                     self.tables[self.run].add(tensor_digest(rows["0"]))
             made(session, plan, program, tensors, device)
 
-        Session.train, Session.__init__ = recorded, opened  # type: ignore[method-assign]  # the node's own ear
+        Session.train, Session.__init__ = recorded, opened  # type: ignore[assignment,method-assign]  # the node's own ear
         try:
             yield
         finally:

@@ -93,6 +93,8 @@ def test_the_exit_codes_are_frozen() -> None:
         "UNREACHABLE": 5,
         "REJECTED": 6,
         "TRY_LATER": 7,
+        "PRIVACY": 8,
+        "HIJACKED": 9,
         "INTERRUPTED": 130,
     }
 

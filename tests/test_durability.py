@@ -358,11 +358,11 @@ def test_a_checkpoint_of_another_version_is_refused_and_stays(
 ) -> None:
     plan = Checkpoints(folder=tmp_path, every=4)
     with monkeypatch.context() as newer:
-        newer.setattr("client_side.checkpoints.CHECKPOINT_VERSION", 2)
+        newer.setattr("client_side.checkpoints.CHECKPOINT_VERSION", 3)
         stopped(a.address, a.owner, plan, 5)
     files = list_checkpoints(tmp_path / "checkpoints")
 
-    with pytest.raises(CheckpointError, match=r"has version 2 of the format, and this Cloister reads 1: resume with"):
+    with pytest.raises(CheckpointError, match=r"has version 3 of the format, and this Cloister reads 2: resume with"):
         outcome(a.address, a.owner, plan, resume=True)
     assert list_checkpoints(tmp_path / "checkpoints") == files != []
 
@@ -928,7 +928,7 @@ def test_a_resumed_run_sends_the_bytes_that_it_sent_before_and_no_others(
         send(link, frame)
 
     def altered(**fields: Any) -> SentFrame:
-        tensors = [None if t is None else t * 1.5 for t in fields.pop("tensors")]
+        tensors = [None if t is None else released(t.tensor * 1.5) for t in fields.pop("tensors")]
         return encode_frame(**fields, tensors=tensors)
 
     monkeypatch.setattr(Link, "send", noted)

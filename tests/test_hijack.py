@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import cloister
 from cloister import digits
-from privacy.hijack import WINDOW_ROWS, HijackDetector, HijackEvidence
+from privacy.hijack import EARLY_STEPS, WINDOW_ROWS, HijackDetector, HijackEvidence
 from tests.fsha import Attack, Hijacker, HijackingNode, Setting, train
 from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 
@@ -97,9 +97,9 @@ def watch(detector: HijackDetector, run: Local, steps: int) -> int | None:
     return None
 
 
-def alarm_of(detector: HijackDetector, labels: Tensor, gradients: Tensor, rows: int = 64) -> int | None:
-    """After how many observations of ``rows`` rows the alarm sounds."""
-    for number, (some, returned) in enumerate(zip(labels.split(rows), gradients.split(rows), strict=True)):
+def alarm_of(detector: HijackDetector, labels: Tensor, gradients: Tensor, rows: int = 64, first: int = 0) -> int | None:
+    """At which step of ``rows`` rows each the alarm sounds."""
+    for number, (some, returned) in enumerate(zip(labels.split(rows), gradients.split(rows), strict=True), first):
         try:
             detector.observe(number, some, returned)
         except HijackSuspectedError:
@@ -123,7 +123,10 @@ def test_T12_a_hijacking_node_is_stopped_long_before_step_100(hijacking: Hijacki
 
     assert verdict.alarm is not None
     assert verdict.alarm <= 20
-    assert verdict.evidence.suspected
+    assert verdict.evidence is not None
+    told = json.loads(verdict.evidence.read_text())
+    assert told["suspected"] is True
+    assert told["score"] == verdict.highest
 
 
 # --- The attack and honest training, in one process -------------------------------------------------------------------
@@ -158,6 +161,29 @@ def test_T12_a_node_that_is_honest_at_first_is_found_once_it_attacks() -> None:
     assert 40 <= (detector.evidence().since_step or 0) <= alarm
 
 
+def test_T12_an_attack_late_in_a_run_is_found_though_not_every_step_is_looked_at() -> None:
+    detector, labels = HijackDetector(seed=0), some_labels(64)
+
+    for step in range(400):
+        detector.observe(step, labels, honest_like(labels))
+
+    looked_at = [window.step for window in detector.evidence().windows if window.step >= EARLY_STEPS]
+    assert 40 <= len(looked_at) <= 110  # one in four of 300, by chance
+    alarm = alarm_of(detector, some_labels(6400), steering(some_labels(6400)), first=400)
+    assert alarm is not None
+    assert alarm < 440
+
+
+def test_T12_once_the_sum_rises_every_step_is_looked_at_again() -> None:
+    detector, labels = HijackDetector(seed=0), some_labels(64)
+    detector.observe(0, labels, steering(labels))
+
+    for step in range(1000, 1003):
+        detector.observe(step, labels, steering(labels))
+
+    assert [window.step for window in detector.evidence().windows] == [0, 1000, 1001, 1002]
+
+
 # --- What it goes by --------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +207,7 @@ def test_cross_entropy_keeps_classes_half_as_alike_as_rows_of_one_class_whatever
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 32, 256])
 def test_rows_of_several_micro_batches_make_a_window(rows: int) -> None:
-    labels = some_labels(1024)
+    labels = some_labels(8 * max(rows, WINDOW_ROWS))
 
     assert alarm_of(HijackDetector(), labels, honest_like(labels), rows) is None
     alarm = alarm_of(HijackDetector(), labels, steering(labels), rows)

@@ -150,7 +150,7 @@ def test_a_file_is_read_strictly(tmp_path: Path) -> None:
 def test_all_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
     said = complaint(file=written(tmp_path, "[train]\n[optimizer]\nlr = 0.1\n"))
 
-    assert "7 things to mend in the job" in said
+    assert "8 things to mend in the job" in said
     assert "train.epochs: is missing; write epochs = 10" in said
     assert "model: is missing; write [model] with factory" in said
     assert 'optimizer.name: is missing; write name = "adamw", "adam" or "sgd"' in said
@@ -401,7 +401,7 @@ def test_without_a_terminal_an_epoch_is_one_plain_line() -> None:
     _shown_run(ProgressDisplay(Console(file=stream, width=40)))
 
     assert stream.getvalue().splitlines() == [
-        "epoch 1/2  step 1  loss 0.5000  samples/s 640  up 1.5 kB  down 2.0 MB  node 50 %  reconnects 3",
+        "epoch 1/2  step 1  loss 0.5000  samples/s 640  ε -  up 1.5 kB  down 2.0 MB  node 50 %  reconnects 3",
         "evaluated on 360 labels  loss 0.2500  accuracy 98.70 %",
     ]
 
@@ -410,11 +410,11 @@ def test_in_a_terminal_there_are_columns_and_whoever_adds_one_sees_it() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=100, force_terminal=True, color_system=None)
 
-    _shown_run(ProgressDisplay(console, columns=[*COLUMNS, Column("ε spent", 8, lambda m: f"{m.step / 2}")], live=True))
+    _shown_run(ProgressDisplay(console, columns=[*COLUMNS, Column("twice", 8, lambda m: f"{m.step / 2}")], live=True))
 
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "  epoch      step      loss  samples/s         up       down   node  reconnects   ε spent\n" in text
-    assert "    1/2         1    0.5000        640     1.5 kB     2.0 MB   50 %           3       0.5\n" in text
+    assert "  epoch      step      loss  samples/s       ε         up       down   node  reconnects     twice\n" in text
+    assert "    1/2         1    0.5000        640       -     1.5 kB     2.0 MB   50 %           3       0.5\n" in text
     assert stream.getvalue().rstrip().endswith("98.70 %")  # the cursor came back before
     assert stream.getvalue().count("\x1b[?25h") == 1
 

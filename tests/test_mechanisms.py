@@ -5,10 +5,11 @@ The long form of the last part is ``python -m tests.audit_dp``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from privacy.accounting import Gaussian, Relation, delta_of
+from privacy.ledger import Ledger
 from privacy.mechanisms import (
     Moments,
     Noise,
@@ -30,10 +32,23 @@ from privacy.mechanisms import (
     randomize_labels,
     unit_rows,
 )
-from tests.audit_dp import MUTATIONS, TREATMENTS, Mutation, Treatment, attack, caught, main, mu_test, profile_test
+from tests.audit_dp import (
+    MUTATIONS,
+    SAMPLERS,
+    TREATMENTS,
+    Mutation,
+    Treatment,
+    attack,
+    caught,
+    main,
+    mu_test,
+    nothing_leaves,
+    profile_test,
+    sampler_fails,
+)
 from wire.errors import ConfigError, NonFiniteError
 
-DRAWS = 8000  # of the short attacks; the long form takes 40,000
+DRAWS = 5000  # of the short attacks; the long form takes 40,000
 TINY = 1e-9  # noise that hides nothing, so that what it is laid on shows
 
 widths = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -399,18 +414,37 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 NEIGHBOURS = [(treatment, relation) for treatment in TREATMENTS for relation in treatment.relations]
 
 
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
+    with contextlib.closing(Ledger(f"sqlite:///{tmp_path_factory.mktemp('audit') / 'privacy.sqlite'}")) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize(("treatment", "relation"), NEIGHBOURS, ids=lambda x: getattr(x, "name", None))
-def test_T10_a_mechanism_keeps_its_claim(treatment: Treatment, relation: Relation) -> None:
-    assert attack(treatment, relation, draws=DRAWS, seed=11) == (None, False)
+def test_T10_a_treatment_keeps_its_claim(treatment: Treatment, relation: Relation, ledger: Ledger) -> None:
+    assert attack(treatment, relation, draws=DRAWS, ledger=ledger, seed=11) == (None, False)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_T10_a_broken_mechanism_is_caught(mutation: Mutation) -> None:
+def test_T10_a_broken_treatment_is_caught(mutation: Mutation, ledger: Ledger) -> None:
     befallen = [(t, relation) for t, relation in NEIGHBOURS if mutation.befalls(t, relation)]
 
     assert befallen
     for treatment, relation in befallen:
-        assert caught(treatment, relation, mutation, draws=DRAWS, seed=12), (treatment.name, relation)
+        assert caught(treatment, relation, mutation, draws=DRAWS, ledger=ledger, seed=12), (treatment.name, relation)
+
+
+def test_T10_records_join_a_sample_each_by_its_own_coin(ledger: Ledger) -> None:
+    assert not sampler_fails(ledger=ledger, seed=13)
+
+
+@pytest.mark.parametrize("mutation", SAMPLERS, ids=lambda mutation: mutation.name)
+def test_T10_a_sampler_that_is_no_coin_is_caught(mutation: Mutation, ledger: Ledger) -> None:
+    assert sampler_fails(mutation, ledger=ledger, seed=14)
+
+
+def test_T10_what_never_leaves_does_not_leave(ledger: Ledger) -> None:
+    assert nothing_leaves(ledger)
 
 
 def test_the_profile_test_tells_a_claim_that_holds_from_one_that_does_not() -> None:
@@ -439,9 +473,11 @@ def test_the_mu_test_measures_the_distance_and_allows_for_chance() -> None:
 
 
 def test_the_audit_says_what_it_found_and_fails_on_a_miss(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["--draws", "60", "--honest", "1"])
+    sixty, many = (
+        main(["--draws", draws, "--honest", "1", "--treatment", "randomized_response"]) for draws in ("60", str(DRAWS))
+    )
 
     shown = capsys.readouterr().out
-    assert code == 1  # sixty draws prove nothing
+    assert (sixty, many) == (1, 0)  # sixty draws prove nothing
     assert "MISSED" in shown
     assert "0 of 1" in shown

@@ -15,8 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cloister
 from bench.relay import Relay
+from client_side import link, stream
 from privacy.accounting import epsilon_of
+from protos import node_pb2
 from wire.errors import BudgetSpentError, CheckpointError, LedgerError, ReleaseRefusedError
+from wire.state import chunks
 
 FEATURES, CLASSES, RECORDS = 12, 3, 600
 DELTA = 1e-5
@@ -144,12 +147,19 @@ def test_T10_a_private_run_sends_neither_records_nor_labels_nor_the_front(
     node: cloister.LocalNode, ledger: cloister.Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[bytes] = []
-    from client_side import link, stream  # noqa: PLC0415 - where messages become bytes
 
-    taken = stream.Stream.send
-    monkeypatch.setattr(stream.Stream, "send", lambda self, frame: (left.append(_bytes(frame)), taken(self, frame))[1])
-    chunks = link.chunks
-    monkeypatch.setattr(link, "chunks", lambda data: (left.append(bytes(data)), chunks(data))[1])
+    send, chunked = stream.Stream.send, chunks
+
+    def seen_frame(self: stream.Stream, frame: node_pb2.Frame) -> None:
+        left.append(_bytes(frame))
+        send(self, frame)
+
+    def seen_chunks(data: Any) -> Any:
+        left.append(bytes(data))
+        return chunked(data)
+
+    monkeypatch.setattr(stream.Stream, "send", seen_frame)
+    monkeypatch.setattr(link, "chunks", seen_chunks)
     with trainer(node, ledger, TABLES["moments"]) as found:
         front = [p.detach().numpy().tobytes() for p in found.cut.front.parameters()]
         activations = found.cut.front(records().tensors[0]).detach()
@@ -226,14 +236,16 @@ def interrupted(
     node: cloister.LocalNode, ledger: cloister.Ledger, folder: Path, of: cloister.Policy, at: int = 7, **more: Any
 ) -> None:
     plan = cloister.Checkpoints(folder=folder, every=5)
-    with trainer(node, ledger, of, checkpoints=plan, callbacks=[Stop(at)], **more) as found:
-        with pytest.raises(KeyboardInterrupt):
-            found.fit(loader(), epochs=3)
+    with (
+        trainer(node, ledger, of, checkpoints=plan, callbacks=[Stop(at)], **more) as found,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        found.fit(loader(), epochs=3)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_T11_a_resumed_table_run_has_the_same_bits_and_pays_nothing_again(
-    name: str, node: cloister.LocalNode, ledger: cloister.Ledger, tmp_path: Path
+    name: str, node: cloister.LocalNode, ledger: cloister.Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(node, ledger, tmp_path / "run", TABLES[name])
     before = ledger.entries("data")
@@ -245,7 +257,7 @@ def test_T11_a_resumed_table_run_has_the_same_bits_and_pays_nothing_again(
     # A third run from the same table, never interrupted.
     whole = cloister.Checkpoints(folder=tmp_path / "whole", every=5)
     with trainer(node, ledger, TABLES[name], checkpoints=whole, callbacks=[Stop(1)]) as found:
-        found._guard._spend = lambda *_args, **_more: None  # type: ignore[method-assign]  # the budget is spent
+        monkeypatch.setattr(found._guard, "_spend", lambda *_args, **_more: None)  # the budget is spent
         found._guard.table = lambda _records: _adopted(found, tmp_path / "run")  # type: ignore[method-assign]
         found._callbacks = []
         found.fit(loader(), epochs=3)
@@ -280,9 +292,12 @@ def test_T11_a_run_does_not_resume_on_a_ledger_that_has_forgotten(
     interrupted(node, ledger, tmp_path / "run", TABLES["moments"])
     plan = cloister.Checkpoints(folder=tmp_path / "run", every=5)
     other = cloister.Ledger(f"sqlite:///{tmp_path / 'other.sqlite'}")
-    with contextlib.closing(other), trainer(node, other, TABLES["moments"], checkpoints=plan) as found:
-        with pytest.raises(LedgerError, match="has forgotten"):
-            found.fit(loader(), epochs=3, resume=True)
+    with (
+        contextlib.closing(other),
+        trainer(node, other, TABLES["moments"], checkpoints=plan) as found,
+        pytest.raises(LedgerError, match="has forgotten"),
+    ):
+        found.fit(loader(), epochs=3, resume=True)
 
 
 FRESH = cloister.Policy(

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 UNSHIPPED: Final = {"tests", "bench", "examples", "docs"}
-VERBS: Final = ["help", "setup", "demo", "test", "chaos", "lint", "protos", "bench", "docs", "clean"]
+VERBS: Final = ["help", "setup", "demo", "test", "lint", "protos", "bench", "docs", "clean"]
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.total = 0
         self._results = 0
-        self._ends = time.monotonic() + LOOK_S
+        self._ends = time.thread_time() + LOOK_S
         self._rows = rows
         self._limit = limit
 
@@ -274,7 +274,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's o
         More dimensions than anything needs are refused: each takes memory of its own. A view that repeats elements
         counts as if it held them all, since whatever reads it takes the time.
         """
-        if time.monotonic() > self._ends:
+        if time.thread_time() > self._ends:  # of this thread's own: on a busy machine it takes longer
             raise LimitExceededError(f"a graph that takes more than {LOOK_S:g} s to look over; cut it smaller")
         for tensor in _tensors(result):
             self._results += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,8 +14,9 @@ import typer
 
 from cloister.exits import ExitCode
 from cloister.factories import load_factory, load_model
-from cloister.output import Format, FormatOption, clean, print_rows, progress_console
-from wire.errors import ConfigError
+from cloister.joboptions import SetOption, job_from
+from cloister.output import Format, FormatOption, clean, print_error, print_rows, progress_console
+from wire.errors import CloisterError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,13 +24,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from privacy.leakage import Advice, CutLeakage, Settings, Treatment
+    from cloister.jobs import Job
+    from privacy.leakage import Advice, CutLeakage, Parts, Settings, Treatment
 
 __all__ = ["app"]
 
 _EXAMPLE_ROWS: Final = 4
-_VOID: Final = "audit failed"
-_RECOMMENDED: Final = "recommended"
+_JOB_SUFFIXES: Final = (".toml", ".json")
+_VOID: Final = "failed"
+_RECOMMENDED: Final = "best"
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -37,33 +42,78 @@ class _Row:
     """One line of the table; its fields are the headings."""
 
     front: str
-    activations: str
+    numbers: str
     dcor2: str
-    attack: str
-    similarity: str
+    similar: str
     read: str
     labels: str
     note: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is audited.
+
+    Attributes:
+        name: for the report.
+        model: the whole.
+        batches: of (inputs, labels).
+        head: where the head begins; ``None``: as the survey finds it, or none at all (vanilla).
+        vanilla: without a head.
+        treatment: that the job names for activations.
+        front: where the job cuts.
+        seed: that the job names.
+    """
+
+    name: str
+    model: nn.Module
+    batches: Iterator[Any]
+    head: str | None
+    vanilla: bool
+    treatment: Treatment | None = None
+    front: str | None = None
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Audited:
+    """What came out of the cuts so far.
+
+    Attributes:
+        found: of the cuts that are done.
+        left_out: the others, and why.
+        interrupted: whether somebody did not want to wait.
+    """
+
+    found: list[CutLeakage] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
 @app.command()
 def leakage(
-    model: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="Makes the model, called without arguments.")],
-    *,
-    data: Annotated[
+    what: Annotated[
         str,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="Makes a loader of (inputs, labels), called without arguments. It stays on this machine.",
+        typer.Argument(
+            metavar="JOB.toml|MODULE:FACTORY", help="A job file; or what makes the model, called without arguments."
         ),
     ],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Makes a loader of (inputs, labels), called without arguments; a job's own data.train, unless said.",
+        ),
+    ] = None,
+    job_settings: SetOption = None,
     cut: Annotated[
         list[str] | None,
         typer.Option(help="Audit the cut behind this submodule; again for further ones. All, unless said."),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="Where your head begins; the last submodule with parameters, unless said."),
+        typer.Option(help="Where your head begins; as in the job, or the last submodule with parameters."),
     ] = None,
     vanilla: Annotated[bool, typer.Option("--vanilla", help="No head: the node gets loss and labels.")] = False,
     weights: Annotated[
@@ -79,12 +129,13 @@ def leakage(
     policy_noise: Annotated[
         str | None,
         typer.Option(
-            metavar="CLIP,SIGMA",
-            help="Attack treated activations too: clipped to this L2 norm, plus Gaussian noise of this deviation.",
+            metavar="CLIP,NOISE",
+            help="Attack activations under the treatment rows too: clipped to this L2 norm, plus Gaussian noise in "
+            "units of it. What the job says, where its policy names rows.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, leakage.json and the pictures.")] = Path("leakage"),
-    seed: Annotated[int, typer.Option(min=0, help="Fixes every draw.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Fixes every draw; train.seed of a job, or 0.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that torch may use.")] = None,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
@@ -92,61 +143,156 @@ def leakage(
 
     Half of the records are the attacker's, the other half are attacked: a decoder reconstructs them from activations,
     labels are guessed from gradients, outputs and activations, and baselines show what no attack would get. Everything
-    runs here, and nothing is sent. The report recommends a cut and a treatment and says why.
+    runs here, and nothing is sent. The report recommends a cut and a treatment and says why. Ctrl-C writes it for the
+    cuts that are done.
 
     An attack that fails proves nothing, and no figure is a claim of differential privacy. Where the decoder cannot beat
     the mean of all inputs, the audit of that cut has failed: the command then ends with exit code 1.
 
-    Example: [bold]cloister leakage cloister.digits:model --data cloister.digits:train_loader --out report[/]
+    Example: [bold]cloister leakage examples/digits.toml --out report[/]
+
+    Example: [bold]cloister leakage cloister.digits:model --data cloister.digits:train_loader --cut stem[/]
     """
     if head is not None and vanilla:
         raise ConfigError("--head and --vanilla: give one of them")
-    treatment = None if policy_noise is None else _treatment(policy_noise)
+    given = None if policy_noise is None else _clip_and_noise(policy_noise)
+    _make(out)
     import torch  # noqa: PLC0415 - the command's errors should not wait for torch
 
-    from privacy.leakage import Settings, write_report  # noqa: PLC0415 - as above
-
-    settings = Settings(seconds=seconds_per_attack, deep=deep, seed=seed, rows=rows, treatment=treatment)
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    made = load_model(model)
+    subject = _subject(what, data, job_settings, head=head, vanilla=vanilla, seed=seed or 0)
+    if threads is not None:  # a job has its own
+        torch.set_num_threads(threads)
     if weights is not None:
         from cloister.weights import load_weights  # noqa: PLC0415 - as above
 
-        load_weights(made, weights)
-    inputs, labels = _records(data, rows)
-    found = _audited(made, inputs, labels, settings, cuts=cut or [], head=head, vanilla=vanilla)
-    advice = write_report(found, out, model=model, settings=settings)
-    _print(found, advice, settings, model=model, fmt=fmt)
+        load_weights(subject.model, weights)
+    inputs, labels = _records(data or what, subject.batches, rows)
+    fronts = _fronts(subject, inputs[:_EXAMPLE_ROWS], cut or [])
+    from privacy.leakage import Settings, Treatment, write_report  # noqa: PLC0415 - as above
+
+    settings = Settings(
+        seconds=seconds_per_attack,
+        deep=deep,
+        seed=subject.seed if seed is None else seed,
+        rows=rows,
+        treatment=subject.treatment if given is None else Treatment(*given),
+    )
+    audited = _audited(fronts, inputs, labels, settings)
+    advice = write_report(audited.found, out, model=subject.name, settings=settings, left_out=audited.left_out)
+    _print(audited, advice, settings, model=subject.name, job_front=subject.front, fmt=fmt)
     progress_console().print(f"written: {clean(out / 'report.html')}", soft_wrap=True, markup=False)
-    if any(one.void for one in found):
+    if audited.interrupted:
+        print_error(f"interrupted: {len(audited.found)} of {len(fronts)} cuts are in the report")
+        raise typer.Exit(ExitCode.INTERRUPTED)
+    if audited.left_out or any(one.void for one in audited.found):
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _treatment(text: str) -> Treatment:
-    from privacy.leakage import Treatment  # noqa: PLC0415 - as in the command
-
+def _clip_and_noise(text: str) -> tuple[float, float]:
     try:
-        clip, sigma = (float(part) for part in text.split(","))
+        clip, noise = (float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--policy-noise {text}: write clip and sigma, such as 1.0,2.16") from None
-    return Treatment(clip, sigma)
+        raise ConfigError(f"--policy-noise {text}: write clip and noise, such as 1.0,2.16") from None
+    return clip, noise
 
 
-def _records(name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first ``rows`` records of the loader that ``name`` makes, and their labels."""
+def _make(folder: Path) -> None:
+    """Before minutes are spent on what could not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: the report cannot be written there: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {folder}: the report cannot be written there: you have no right to")
+
+
+# --- What is audited --------------------------------------------------------------------------------------------------
+
+
+def _subject(
+    what: str, data: str | None, job_settings: list[str] | None, *, head: str | None, vanilla: bool, seed: int
+) -> _Subject:
+    if what.endswith(_JOB_SUFFIXES) or Path(what).is_file():
+        return _of_job(job_from(Path(what), job_settings), what, data, head=head, vanilla=vanilla)
+    if job_settings:
+        raise ConfigError(f"--set changes a job, and {what} is none: name a job file, such as examples/digits.toml")
+    if data is None:
+        raise ConfigError(
+            f"{what}: name its data too, such as --data my_data:train_loader; or name a job file instead of a model"
+        )
+    import torch  # noqa: PLC0415 - as in the command
+
+    torch.manual_seed(seed)
+    return _Subject(what, load_model(what), _batches(data, load_factory(data)), head, vanilla, seed=seed)
+
+
+def _of_job(job: Job, name: str, data: str | None, *, head: str | None, vanilla: bool) -> _Subject:
+    from cloister.assembly import make_loader, make_model  # noqa: PLC0415 - as in the command
+
+    model = make_model(job)
+    if data is None:
+        batches = _batches(job.data.train, partial(make_loader, job, "train"))
+    else:
+        batches = _batches(data, load_factory(data))
+    chosen = None if vanilla else head or job.cut.head
+    return _Subject(
+        name,
+        model,
+        batches,
+        chosen,
+        vanilla=chosen is None,
+        treatment=_treatment_of(job),
+        front=job.cut.front,
+        seed=job.train.seed,
+    )
+
+
+def _treatment_of(job: Job) -> Treatment | None:
+    """Where the job's policy lets rows leave, clipped and noised; nothing, where it names something else."""
+    from privacy.leakage import Treatment  # noqa: PLC0415 - as in the command
+    from privacy.ledger import Budget  # noqa: PLC0415
+    from privacy.policy import Rows  # noqa: PLC0415
+    from privacy.tables import plan_table  # noqa: PLC0415
+
+    policy = job.privacy.policy()
+    rows = policy.activations
+    if isinstance(rows, Rows) and rows.noise is None and policy.table is not None:
+        rows = plan_table(policy, Budget(policy.epsilon, policy.delta, policy.relation)).treatment
+    if not isinstance(rows, Rows) or rows.noise is None:
+        return None
+    return Treatment(rows.clip, rows.noise)
+
+
+def _batches(name: str, make: Callable[[], Any]) -> Iterator[Any]:
+    """The loader's own, which may fail at any of them."""
+    try:
+        yield from make()
+    except CloisterError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _records(name: str, loader: Iterator[Any], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``rows`` records of a loader, and their labels."""
     import torch  # noqa: PLC0415 - as in the command
 
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for batch in _batches(name):
+    for batch in loader:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(map(torch.is_tensor, batch)):  # noqa: PLR2004 -- as said
             raise ConfigError(
                 f"{name}: a batch must be (inputs, labels), two tensors: the audit reconstructs one input"
             )
         inputs, labels = batch
-        if inputs.ndim == 0 or len(inputs) != len(labels) or (batches and inputs.shape[1:] != batches[0][0].shape[1:]):
-            raise ConfigError(f"{name}: every batch needs as many labels as inputs, and inputs of one shape")
+        if inputs.ndim == 0 or labels.ndim == 0 or len(inputs) != len(labels):
+            raise ConfigError(f"{name}: every batch needs as many labels as inputs, rows first in both")
+        if batches and inputs.shape[1:] != batches[0][0].shape[1:]:
+            raise ConfigError(
+                f"{name}: inputs of {list(batches[0][0].shape[1:])} and of {list(inputs.shape[1:])}: the audit needs "
+                "one shape; resize or pad them"
+            )
         batches.append((inputs.detach().cpu(), labels.detach().cpu()))
         if sum(len(x) for x, _ in batches) >= rows:
             break
@@ -155,47 +301,63 @@ def _records(name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([x for x, _ in batches])[:rows], torch.cat([y for _, y in batches])[:rows]
 
 
-def _batches(name: str) -> Iterator[Any]:
-    try:
-        yield from load_factory(name)()
-    except ConfigError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
-
-
-def _audited(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    settings: Settings,
-    *,
-    cuts: Sequence[str],
-    head: str | None,
-    vanilla: bool,
-) -> list[CutLeakage]:
+def _fronts(subject: _Subject, example: torch.Tensor, cuts: Sequence[str]) -> dict[str, Parts]:
+    """The model cut at each place, in the order in which it runs where none is named."""
     from client_side.cutting import cut as cut_behind  # noqa: PLC0415 - as in the command
     from client_side.survey import survey  # noqa: PLC0415
-    from privacy.leakage import Bench, Parts, attack_names, audit_cut  # noqa: PLC0415
+    from privacy.leakage import Parts  # noqa: PLC0415
 
-    example = inputs[:_EXAMPLE_ROWS]
-    surveyed = survey(model, example, head=head, vanilla=vanilla)
-    names = cuts or [c.front for c in surveyed.candidates if c.possible and c.node_parameters]
-    if not names:
+    model = subject.model
+    try:
+        surveyed = survey(model, example, head=subject.head, vanilla=subject.vanilla)
+        names = cuts or [c.front for c in surveyed.candidates if c.possible and c.node_parameters]
+        made = {n: cut_behind(model, front=n, head=surveyed.head, example=example) for n in dict.fromkeys(names)}
+    except CloisterError:
+        raise
+    except Exception as error:  # the model's own forward may raise anything
+        shape = f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise ConfigError(f"the model does not take inputs of {shape} ({told}); rows come first") from error
+    if not made:
         raise ConfigError("no front of this model leaves the node anything to train: name a cut with --cut")
-    made = {name: cut_behind(model, front=name, head=surveyed.head, example=example) for name in dict.fromkeys(names)}
-    with _progress(len(made) * len(attack_names(settings))) as tell:
-        tell("judge: a classifier")
-        bench = Bench(inputs, labels, settings)
-        return [
-            audit_cut(
-                name,
-                Parts(parts.front, parts.middle, parts.head, parts.crossing),
-                bench,
-                lambda attack, name=name: tell(f"{name}: {attack}"),  # type: ignore[misc]  # the default binds this turn's name
-            )
-            for name, parts in made.items()
-        ]
+    return {name: Parts(one.front, one.middle, one.head, one.crossing) for name, one in made.items()}
+
+
+# --- The audit --------------------------------------------------------------------------------------------------------
+
+
+def _audited(fronts: Mapping[str, Parts], inputs: torch.Tensor, labels: torch.Tensor, settings: Settings) -> _Audited:
+    """All cuts; where one cannot be audited, or somebody interrupts, the others that are done.
+
+    Raises:
+        ConfigError: data that cannot be audited, or no cut that can.
+        KeyboardInterrupt: before the first cut was done.
+    """
+    from privacy.leakage import Bench, attack_names, audit_cut  # noqa: PLC0415 - as in the command
+
+    made = _Audited()
+    with _progress(len(fronts) * len(attack_names(settings))) as tell:
+        try:
+            tell("judge: a classifier")
+            bench = Bench(inputs, labels, settings)
+            for name, parts in fronts.items():
+                try:
+                    made.found.append(audit_cut(name, parts, bench, partial(_tell, tell, name)))
+                except ConfigError as error:
+                    made.left_out[name] = str(error)
+        except KeyboardInterrupt:
+            if not made.found:
+                raise
+            made.interrupted = True
+            done = {one.cut for one in made.found} | made.left_out.keys()
+            made.left_out |= {name: "interrupted" for name in fronts if name not in done}
+    if not made.found:
+        raise ConfigError("; ".join(f"{name}: {why}" for name, why in made.left_out.items()))
+    return made
+
+
+def _tell(tell: Callable[[str], None], name: str, attack: str) -> None:
+    tell(f"{name}: {attack}")
 
 
 @contextmanager
@@ -219,25 +381,33 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield tell
 
 
-def _print(found: Sequence[CutLeakage], advice: Advice, settings: Settings, *, model: str, fmt: Format) -> None:
+def _print(
+    audited: _Audited, advice: Advice, settings: Settings, *, model: str, job_front: str | None, fmt: Format
+) -> None:
+    found = audited.found
     if fmt is Format.JSON:
         import json  # noqa: PLC0415 - as in the command
 
         from privacy.leakage.report import as_record  # noqa: PLC0415
 
-        typer.echo(json.dumps(as_record(found, advice, model=model, settings=settings), indent=2))
+        record = as_record(found, advice, model=model, settings=settings, left_out=audited.left_out)
+        typer.echo(json.dumps(record, indent=2))
         return
     rows = [_row(one, recommended=one.cut == advice.cut) for one in found]
     print_rows(rows, fmt, styles={_RECOMMENDED: "bold green", _VOID: "bold red"})
     mean = found[0].baselines["mean input"].similarity
     lines = [
         (
-            f"Similarity: {found[0].measure}; the mean input has {mean:.3f}. Read: classes that a classifier gets "
-            "from the reconstructions. Labels: guessed from gradients."
+            f"Numbers: activations a record. Dcor2: distance correlation of inputs and activations, squared. Similar: "
+            f"{found[0].measure} of the best reconstructions; the mean input has {mean:.3f}. Read: classes that a "
+            "classifier gets from them. Labels: guessed from gradients."
         )
     ]
     if advice.cut is not None:
         lines.append(f"Recommended: behind {advice.cut}; {advice.treatment}.")
+    if job_front is not None:
+        lines.append(f"The job cuts behind {job_front}.")
+    lines += [f"Not audited: {cut} ({why})." for cut, why in audited.left_out.items()]
     typer.echo(clean("\n".join([*lines, *advice.reasons, *advice.limits])))
 
 
@@ -248,10 +418,9 @@ def _row(found: CutLeakage, *, recommended: bool) -> _Row:
     seen, treated = attack.seen, found.treated_distance_correlation
     return _Row(
         front=found.cut,
-        activations=f"{found.dimensions:,}",
+        numbers=f"{found.dimensions:,}",
         dcor2=f"{found.distance_correlation if treated is None else treated:.3f}",
-        attack=attack.name,
-        similarity="-" if seen is None else f"{seen.similarity:.3f}",
+        similar="-" if seen is None else f"{seen.similarity:.3f}",
         read="-" if seen is None or seen.accuracy is None else percent(seen.accuracy),
         labels="-" if guess is None else percent(guess.accuracy),
         note=_VOID if found.void else _RECOMMENDED if recommended else "",

@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 
 from client_side.records import data_set_of
-from cloister.assembly import cut_model, first_inputs, make_loader, make_model
+from cloister.assembly import cut_model, first_inputs, make_loader, make_model, units_of
 from cloister.joboptions import JobArgument, SetOption, job_from
 from cloister.jobs import Job
 from cloister.output import Format, FormatOption, print_record, print_rows, progress_console
 from privacy.accounting import Event, Gaussian, Relation, SampledGaussian, epsilon_of
-from privacy.claims import claim_of
+from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
 from privacy.ledger import Budget, Entry, Ledger, Release
 from privacy.policy import Aggregate, Moments, Policy, holes
@@ -99,18 +99,38 @@ class PlanLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a job would spend."""
+class _Summary:
+    """What a job would spend, in all.
+
+    Attributes:
+        data_set: its digest, or its name.
+        records: in it.
+        unit: whose contribution is bounded.
+        units: how many there are.
+        relation: which data sets count as neighbours.
+        delta: at which ε is told.
+        spent_before: ε, by all runs so far.
+        spent_after: with this job.
+        budget: ε that may be spent.
+        fits: whether the job stays within it.
+    """
 
     data_set: str
     records: int
     unit: str
+    units: int
     relation: str
     delta: float
     spent_before: float | str
     spent_after: float | str
     budget: float | str
     fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(_Summary):
+    """The same, release by release, and why no finite ε would hold, if so."""
+
     releases: list[PlanLine]
     holes: list[str]
 
@@ -140,9 +160,7 @@ def status(
     print_rows(lines, fmt)
     if data_set is not None and fmt is Format.TABLE:
         claim = claim_of(book.entries(data_set), delta=delta, relation=relation)
-        typer.echo(claim.sentence)
-        for assumption in claim.assumptions:
-            typer.echo(f"  assuming: {assumption}")
+        typer.echo("\n".join(claim.lines()))
 
 
 @app.command()
@@ -189,7 +207,7 @@ def plan(
     if fmt is Format.JSON:
         print_record(found, fmt)
         return
-    print_record(dataclasses.replace(found, releases=[], holes=[]), fmt)
+    print_record(_Summary(**{f.name: getattr(found, f.name) for f in dataclasses.fields(_Summary)}), fmt)
     if found.releases:
         print_rows(found.releases, fmt)
     for hole in found.holes:
@@ -209,6 +227,8 @@ def planned(job: Job) -> Plan:
     if name is None:
         raise ConfigError('privacy: this loader has no data set that could be named by its digest: set data_set = "…"')
     records = len(data) if isinstance(data := getattr(loader, "dataset", None), Sized) else 0
+    whose = units_of(job)
+    units = records if whose is None else len(whose.unique())
     width = sum(math.prod(spec.shape) for spec in made.program.inputs)
     before = [entry.event for entry in Ledger(job.privacy.ledger).entries(name)]
     gaps = holes(
@@ -223,13 +243,14 @@ def planned(job: Job) -> Plan:
         data_set=name,
         records=records,
         unit=policy.unit,
+        units=units,
         relation=str(policy.relation),
         delta=policy.delta,
         spent_before=_shown(epsilon_of(before, policy.delta, policy.relation)),
         spent_after=_shown(after),
         budget=_shown(policy.epsilon),
         fits=after <= policy.epsilon * (1 + 1e-9),
-        releases=[_plan_line(release, policy, records, width) for release in releases],
+        releases=[_plan_line(release, policy, units, width) for release in releases],
         holes=gaps,
     )
 
@@ -240,7 +261,7 @@ def _releases(policy: Policy, before: Sequence[Event], epochs: int) -> list[Rele
     return [*found, *fresh_releases(policy, epochs=epochs)]
 
 
-def _plan_line(release: Release, policy: Policy, records: int, width: int) -> PlanLine:
+def _plan_line(release: Release, policy: Policy, units: int, width: int) -> PlanLine:
     event = release.event
     noise = event.noise if isinstance(event, Gaussian) else None
     times = event.count if isinstance(event, Gaussian) else 1
@@ -248,7 +269,7 @@ def _plan_line(release: Release, policy: Policy, records: int, width: int) -> Pl
         noise, times = event.noise_multiplier, event.steps
     ratio = None
     if noise is not None:
-        per_class = records / (policy.classes or 1)
+        per_class = units / (policy.classes or 1)  # a unit's records weigh as much together as one
         summed = {Aggregate: per_class * getattr(policy.activations, "rate", 1.0), Moments: per_class}
         ratio = summed.get(type(policy.activations), 1.0) / (noise * math.sqrt(width))
     return PlanLine(
@@ -276,9 +297,6 @@ def _status(entries: Sequence[Entry], name: str, budget: float | None, delta: fl
 
 
 def _history(entry: Entry, total: float) -> HistoryLine:
-    told = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in _told(entry)
-    )
     return HistoryLine(
         number=entry.number,
         at=entry.at,
@@ -286,13 +304,9 @@ def _history(entry: Entry, total: float) -> HistoryLine:
         step=entry.step,
         kind=entry.kind,
         treatment=entry.treatment,
-        event=told,
+        event=told(entry.event),
         epsilon=_shown(total),
     )
-
-
-def _told(entry: Entry) -> list[tuple[str, object]]:
-    return [(f.name.replace("_", " "), getattr(entry.event, f.name)) for f in dataclasses.fields(entry.event)]
 
 
 def _shown(epsilon: float) -> float | str:

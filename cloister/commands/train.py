@@ -21,10 +21,12 @@ from cloister.exits import ExitCode
 from cloister.jobfile import to_json, to_toml
 from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
 from cloister.jobs import Job
+from cloister.modelcard import model_card
 from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
-from cloister.runs import JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
+from cloister.runs import CARD_FILE, JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
 from cloister.weights import save_weights
+from privacy.claims import Claim
 from wire.errors import CloisterError, ConfigError
 
 __all__ = ["TrainResult", "app", "train_job"]
@@ -50,6 +52,11 @@ class TrainResult:
         model: the file.
         model_sha256: of the file.
         program_sha256: the middle's architecture.
+        epsilon: spent on the data set by all runs so far, this one included; nothing where none may be claimed.
+        delta: that goes with it.
+        data_set: what the training data is called in the privacy ledger.
+        claim: what may be said of the data set's privacy.
+        card: the model's card: what it is, what was spent on it and what that rests on.
         interrupted: whether it was stopped before its end.
     """
 
@@ -70,6 +77,7 @@ class TrainResult:
     delta: float | None
     data_set: str | None
     claim: str | None
+    card: Path
     interrupted: bool
 
 
@@ -97,8 +105,9 @@ def train(
 ) -> None:
     """Train a job's model through a node.
 
-    Writes into the run's folder: model.safetensors (the whole model under its own names), job.json, metrics.jsonl (a
-    line a step) and result.json. Variables such as CLOISTER_TRAIN__EPOCHS=3 set keys too; options win over them.
+    Writes into the run's folder: model.safetensors (the whole model under its own names), model-card.md, job.json,
+    metrics.jsonl (a line a step) and result.json. Variables such as CLOISTER_TRAIN__EPOCHS=3 set keys too; options win
+    over them.
 
     The run's state is kept in RUN/state: whatever ends it, --resume goes on, and the numbers are those of a run that
     was never interrupted. With several nodes, the next one takes over when one fails.
@@ -130,14 +139,14 @@ def train_job(job: Job, fmt: Format, *, force: bool, resume: bool) -> None:
     ):
         again = f"cloister train --resume {shlex.quote(str(folder.path))}"
         try:
-            result = _run(job, folder, display, resume=resume)
+            result, claim = _run(job, folder, display, resume=resume)
         except (CloisterError, KeyboardInterrupt):
             if holds_run(folder.state):
                 display.say(f"the run stands at its newest checkpoint; go on with `{again}`")
             raise
     print_record(result, fmt)
-    if result.claim is not None:
-        display.say(result.claim)
+    for line in () if claim is None else claim.lines():
+        display.say(line)
     if result.interrupted:
         display.say(f"stopped after step {result.steps}; go on with `{again}`. The model so far is in {result.model}")
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -156,7 +165,7 @@ def _job(job_file: Path | None, resume: Path | None, settings: list[str] | None,
     return job_from(resume / JOB_FILE, settings, **{**shorthands, "out": resume})
 
 
-def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool) -> TrainResult:
+def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool) -> tuple[TrainResult, Claim | None]:
     owner = owner_of(job)
     display.say(greet_node(job, owner))
     model = make_model(job)
@@ -193,10 +202,12 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             delta=None if claim is None else claim.spent.delta,
             data_set=trainer.guard.data_set,
             claim=None if claim is None else claim.sentence,
+            card=folder.path / CARD_FILE,
             interrupted=interrupted,
         )
-        folder.finish(dataclasses.asdict(result))
-    return result
+        values = dataclasses.asdict(result)
+        folder.finish(values, model_card(job, values, claim))
+    return result, claim
 
 
 def _test(job: Job, trainer: Trainer) -> Evaluation | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,21 @@ LIMITS: Final = (
 
 _AS_GOOD: Final = 0.05  # a cut reconstructs as little as another if it explains at most this much more
 _HALF_WAY: Final = 0.5  # of the way from chance to certainty
+_NEARLY_ALL: Final = 0.8  # of what varies in the inputs
+
+_CLEAR: Final = "No cut by itself protects what crosses it: `clear` is for a node that you trust."
+_HIDDEN: Final = (
+    "With this noise no attack here comes nearer than the mean input. What may be claimed is the accounted ε of the "
+    "run, not this. Noise on each record costs much accuracy: compare `moments`, which noises sums over many records."
+)
+_STEERED: Final = (
+    "This front trains. Whatever noise is added to its activations, each record also moves its weights, and a node "
+    "that sends gradients of its own choice can steer it: pre-train it on public data and freeze it, or encrypt."
+)
+_FIXED: Final = (
+    "This front is fixed, so that `moments` or `aggregate` can release noised sums over many records with an "
+    "accounted ε, if what it knows does not come from this data."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +82,29 @@ def advise(found: Sequence[CutLeakage]) -> Advice:
     least = min(shares)
     best = next(leakage for leakage, share in zip(valid, shares, strict=True) if share <= least + _AS_GOOD)
     treatment, why = _treatment(best)
-    return Advice(best.cut, treatment, (_choice(best, len(valid)), *_reading(best), *why, *_labels(best), *failed))
+    by_cut = {leakage.cut: share for leakage, share in zip(valid, shares, strict=True)}
+    return Advice(best.cut, treatment, (*_choice(best, by_cut), *_reading(best), *why, *_labels(best), *failed))
 
 
-def _choice(best: CutLeakage, count: int) -> str:
-    attack = strongest(best)
-    share = explained(attack, best)
-    against = (
-        "It is the only cut whose audit holds" if count == 1 else f"Of {count} cuts it gives the attacks the least"
+def _choice(best: CutLeakage, shares: Mapping[str, float]) -> tuple[str, ...]:
+    """Why this cut, by what the strongest attack explains behind each."""
+    share, least = shares[best.cut], min(shares.values())
+    against = "It is the only cut whose audit holds. " if len(shares) == 1 else ""
+    reads = (
+        f"{against}Behind {best.cut}, the strongest attack ({strongest(best).name}) reconstructs {percent(share)} of "
+        f"what varies in the inputs, from {best.dimensions:,} activations a record."
     )
-    return (
-        f"{against}: behind {best.cut}, the strongest attack ({attack.name}) reconstructs {percent(share)} of what "
-        f"varies in the inputs, from {best.dimensions:,} activations a record."
-    )
+    if len(shares) == 1:
+        return (reads,)
+    if share == least:
+        why = f"Of {len(shares)} cuts, none gives the attacks less."
+    else:
+        why = (
+            f"Of {len(shares)} cuts, the least is {percent(least)}, behind {min(shares, key=shares.__getitem__)}: no "
+            f"more than {100 * _AS_GOOD:.0f} points below, and {best.cut} comes first and leaves less work here."
+        )
+    told = ("Every cut gives nearly everything away: choosing among them protects nothing.",)
+    return (reads, why, *(told if least > _NEARLY_ALL else ()))
 
 
 def _reading(best: CutLeakage) -> tuple[str, ...]:
@@ -98,34 +123,14 @@ def _reading(best: CutLeakage) -> tuple[str, ...]:
 
 def _treatment(best: CutLeakage) -> tuple[str, tuple[str, ...]]:
     rows = best.treatment
+    steered = (_STEERED,) if best.front_trains else ()
     if rows is not None and not any(attack.treated_beats_mean for attack in best.attacks):
-        return f"rows, clip {rows.clip:g}, sigma {rows.sigma:g}", (
-            (
-                "With this noise no attack here comes nearer than the mean input. What may be claimed is the "
-                "accounted ε of the run, not this. Noise on each record costs much accuracy: compare `moments`, "
-                "which noises sums over many records."
-            ),
-        )
+        named = f"rows, clip {rows.clip:g}, noise {rows.noise:g} (in units of the clip)"
+        return ("freeze the front; then " if best.front_trains else "") + named, (_HIDDEN, *steered)
     noised = () if rows is None else ("With the noise that was given, an attack still reconstructs: it is too little.",)
-    reason = "No cut by itself protects what crosses it: `clear` is for a node that you trust."
     if best.front_trains:
-        return "freeze the front and use moments; or ckks with dp_sgd", (
-            *noised,
-            reason,
-            (
-                "This front trains. Whatever noise is added to its activations, each record also moves its weights, "
-                "and a node that sends gradients of its own choice can steer it: pre-train it on public data and "
-                "freeze it, or encrypt."
-            ),
-        )
-    return "moments or aggregate", (
-        *noised,
-        reason,
-        (
-            "This front is fixed, so that `moments` or `aggregate` can release noised sums over many records with an "
-            "accounted ε."
-        ),
-    )
+        return "freeze the front and use moments; or ckks with dp_sgd", (*noised, _CLEAR, *steered)
+    return "moments or aggregate", (*noised, _CLEAR, _FIXED)
 
 
 def _labels(best: CutLeakage) -> tuple[str, ...]:

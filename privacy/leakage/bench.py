@@ -6,7 +6,6 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from privacy.leakage.deadline import Deadline, descend
 from privacy.leakage.networks import Classifier
@@ -117,9 +116,13 @@ class Bench:
         if self._classifier is None or self.attacked_labels is None:
             return None
         found = self._classifier(self.scaled(guessed)).argmax(1)
-        return (found == self.attacked_labels[: len(guessed)]).float().mean().item()
+        share: float = (found == self.attacked_labels[: len(guessed)]).float().mean().item()
+        return share
 
     def _ssim(self, guessed: Tensor, originals: Tensor) -> float:
+        # Imported here: it takes longer than torch itself, and signals have no need of it.
+        from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: PLC0415
+
         sigma, size = _WIDE_WINDOW
         made = structural_similarity_index_measure(
             guessed,
@@ -127,7 +130,7 @@ class Bench:
             sigma=sigma if min(originals.shape[2:]) >= size else _NARROW_SIGMA,
             data_range=max(self.high - self.low, 1e-12),
         )
-        return float(made)
+        return float(made if isinstance(made, Tensor) else made[0])  # a pair where the contrast is asked for as well
 
 
 def _refuse(inputs: Tensor) -> None:

@@ -75,10 +75,10 @@ def trained_network(seen: Tensor, inputs: Tensor, bench: Bench, deadline: Deadli
 
 
 def _in_chunks(network: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([network(part) for part in x.split(_CHUNK)])
+    return torch.cat([network(part) for part in torch.split(x, _CHUNK)])
 
 
 def nearest(known: Tensor, seen: Tensor) -> Tensor:
     """For each row of ``seen`` the number of the row of ``known`` whose activations are nearest."""
     flat = known.flatten(1)
-    return torch.cat([torch.cdist(part.flatten(1), flat).argmin(1) for part in seen.split(_CHUNK)])
+    return torch.cat([torch.cdist(part.flatten(1), flat).argmin(1) for part in torch.split(seen, _CHUNK)])

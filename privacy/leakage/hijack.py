@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from privacy.leakage.bench import Bench
 from privacy.leakage.deadline import Deadline
-from privacy.leakage.networks import Critic, Decoder, encoder
+from privacy.leakage.networks import Critic, Decoder
 from privacy.leakage.results import Treatment
 from privacy.leakage.tried import Tried
-from privacy.leakage.victim import Victim
+from privacy.leakage.victim import Victim, reinitialised
 
 __all__ = ["hijack"]
 
@@ -54,7 +54,8 @@ class _Game:
         self._victim, self._bench, self._treatment = victim, bench, treatment
         self._generator = torch.Generator().manual_seed(bench.settings.seed)
         self._front = copy.deepcopy(victim.front).requires_grad_(True)
-        self._encoder = encoder(bench.shape, victim.shape)
+        # Of the front's own kind, so that the front can become it: one that ends in a ReLU never makes what is below 0.
+        self._encoder = reinitialised(victim.front, self._generator)
         self._decoder, self._critic = Decoder(victim.shape, bench.shape, _WIDTH), Critic(victim.shape)
         own = [*self._encoder.parameters(), *self._decoder.parameters()]
         self._own = torch.optim.Adam(own, lr=_RATE)
@@ -63,12 +64,12 @@ class _Game:
 
     def play(self, *, steering: bool) -> None:
         """One step of the owner's, and all that the node does in it."""
-        public = self._bench.scaled(self._drawn(self._bench.known))
-        mine = self._encoder(public)
-        _apply(self._own, nn.functional.mse_loss(self._decoder(mine), public))
+        public = self._drawn(self._bench.known)
+        mine = self._activations(public, self._encoder)
+        _apply(self._own, nn.functional.mse_loss(self._decoder(mine), self._bench.scaled(public)))
         if not steering:
             return
-        mine, theirs = mine.detach(), self._activations(self._drawn(self._bench.attacked))
+        mine, theirs = mine.detach(), self._activations(self._drawn(self._bench.attacked), self._front)
         other = theirs.detach()
         loss = self._critic(other).mean() - self._critic(mine).mean() + _PENALTY * self._roughness(mine, other)
         _apply(self._judge, loss)
@@ -78,14 +79,14 @@ class _Game:
     @torch.no_grad()
     def guessed(self) -> Tensor:
         """What the decoder makes of the activations of all attacked inputs."""
-        parts = [self._decoder(self._activations(x)) for x in self._bench.attacked.split(_CHUNK)]
+        parts = [self._decoder(self._activations(x, self._front)) for x in torch.split(self._bench.attacked, _CHUNK)]
         return self._bench.unscaled(torch.cat(parts))
 
     def _drawn(self, rows: Tensor) -> Tensor:
         return rows[torch.randint(len(rows), (_BATCH,), generator=self._generator)]
 
-    def _activations(self, x: Tensor) -> Tensor:
-        crossing, _ = self._victim.run(x, self._front)
+    def _activations(self, x: Tensor, front: nn.Module) -> Tensor:
+        crossing, _ = self._victim.run(x, front)
         return self._victim.joined(self._victim.treated(crossing, self._treatment, self._generator))
 
     def _roughness(self, a: Tensor, b: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ class _Game:
         share = torch.rand(len(a), *([1] * (a.ndim - 1)), generator=self._generator)
         between = (share * a + (1 - share) * b).requires_grad_()
         (slope,) = torch.autograd.grad(self._critic(between).sum(), between, create_graph=True)
-        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        roughness: Tensor = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        return roughness
 
 
 def _apply(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

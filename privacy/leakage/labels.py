@@ -9,6 +9,7 @@ embedding"), here on gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -30,7 +31,7 @@ _MOST_ROWS: Final = 1000  # clustered at once: a second on one core
 _MOST_AXES: Final = 64  # principal axes kept before clustering: gradients of K classes lie on about K
 _CHUNK: Final = 64
 _DRAWS: Final = 5
-_NOTHING: Final = "nothing but how many classes there are"
+_NOTHING: Final = "nothing but the number of classes; clusters are named in the best way"
 _ONE_EACH: Final = "one row of each class"
 _HALF: Final = "the labels of half of the records"
 
@@ -76,7 +77,7 @@ def _behind(
     """The middle's outputs [B, D] for ``x``, and the loss's gradients there, as a U-shaped step sends them."""
     generator = torch.Generator().manual_seed(seed)
     outputs, gradients = [], []
-    for rows, wanted in zip(x.split(_CHUNK), labels.split(_CHUNK), strict=True):
+    for rows, wanted in zip(torch.split(x, _CHUNK), torch.split(labels, _CHUNK), strict=True):
         with torch.no_grad():
             crossing, kept = victim.run(rows)
             made = as_tensors(middle(*victim.treated(crossing, treatment, generator)))
@@ -97,7 +98,7 @@ def _gradient(head: nn.Module, made: tuple[Tensor, ...], kept: tuple[Tensor, ...
             loss = nn.functional.binary_cross_entropy_with_logits(logits.reshape(-1), labels.float(), reduction="sum")
         else:
             return None
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(loss, leaves, allow_unused=True)
     rows = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
     return torch.cat([g.flatten(1).float() for g in rows], 1)
 

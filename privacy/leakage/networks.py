@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Classifier", "Critic", "Decoder", "encoder"]
+__all__ = ["Classifier", "Critic", "Decoder"]
 
 _WIDTH: Final = 32
 _HIDDEN: Final = 512
@@ -78,7 +78,7 @@ class _Entry(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self._linear(x.flatten(1))
-        return made.unflatten(1, self._shape)
+        return made.reshape(len(x), *self._shape)
 
 
 class _Resize(nn.Module):
@@ -129,26 +129,3 @@ def _pooled(shape: tuple[int, ...], outputs: int, slope: float = 0.0) -> nn.Sequ
     with torch.no_grad():
         flat = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1]
     return nn.Sequential(*layers, nn.Linear(flat, 128), nn.LeakyReLU(slope), nn.Linear(128, outputs))
-
-
-def encoder(shape: tuple[int, ...], seen: tuple[int, ...]) -> nn.Module:
-    """Inputs [B, *shape] to what looks like activations [B, *seen]: the hijacker's own stand-in for a front."""
-    rank = len(shape) - 1
-    if len(seen) != len(shape) or rank == 0:
-        return nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(math.prod(shape), _HIDDEN),
-            nn.ReLU(),
-            nn.Linear(_HIDDEN, math.prod(seen)),
-            nn.Unflatten(1, seen),
-        )
-    # One stride, so that everything behind it is small: time is what a hijacker has least of.
-    stride = max(1, shape[1] // seen[1])
-    return nn.Sequential(
-        _CONV[rank](shape[0], _WIDTH, 2 * stride + 1, stride=stride, padding=stride),
-        nn.ReLU(),
-        _Resize(seen[1:]),
-        _CONV[rank](_WIDTH, _WIDTH, 3, padding=1),
-        nn.ReLU(),
-        _CONV[rank](_WIDTH, seen[0], 3, padding=1),
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -29,7 +30,18 @@ _MARKERS: Final = ("o", "s", "^", "")
 _STROKES: Final = ("-", "-", "-", "--")
 _MOST_NAME: Final = 24
 
-_Line = tuple[str, Callable[[CutLeakage], float | None]]
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    name: str
+    value: Callable[[CutLeakage], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    title: str
+    unit: str
+    lines: tuple[_Line, ...]
 
 
 def exhibits_png(leakage: CutLeakage) -> bytes:
@@ -71,63 +83,81 @@ def _draw(axes: Axes, values: NDArray[np.float32], low: float, high: float, *, i
 
 def curves_png(found: Sequence[CutLeakage]) -> bytes:
     """Reconstruction, distance correlation and label inference, each over the cuts in their order."""
-    measure = found[0].measure
-    panels: tuple[tuple[str, tuple[_Line, ...]], ...] = (
-        (
-            f"reconstruction, {measure}",
-            (
-                ("strongest attack", lambda c: seen.similarity if (seen := strongest(c).seen) else None),
-                ("nearest neighbour", lambda c: c.baselines["nearest neighbour"].similarity),
-                ("class mean", lambda c: c.baselines["class mean"].similarity if "class mean" in c.baselines else None),
-                ("mean input", lambda c: c.baselines["mean input"].similarity),
-            ),
-        ),
-        (
-            "distance correlation, squared",
-            (
-                ("clear activations", lambda c: c.distance_correlation),
-                ("treated", lambda c: c.treated_distance_correlation),
-            ),
-        ),
-        (
-            "labels guessed, best attack",
-            (
-                ("from gradients", lambda c: _guess(c, "gradients")),
-                ("from activations", lambda c: _guess(c, "activations")),
-                ("from outputs", lambda c: _guess(c, "outputs")),
-                ("commonest label", lambda c: c.chance),
-            ),
-        ),
-    )
-    shown = [panel for panel in panels if any(line(c) is not None for _, line in panel[1] for c in found)]
-    figure = Figure(figsize=(4.1 * len(shown), 3.7), dpi=_DPI, layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _panel(axes, title, lines, found)
+    shown = [p for p in _panels(found[0].measure) if any(x.value(c) is not None for x in p.lines for c in found)]
+    figure = Figure(figsize=(4.1 * len(shown), 3.9), dpi=_DPI, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        _draw_panel(axes, panel, found)
     return _png(figure)
 
 
-def _panel(axes: Axes, title: str, lines: Sequence[_Line], found: Sequence[CutLeakage]) -> None:
+def _panels(measure: str) -> tuple[_Panel, ...]:
+    return (
+        _Panel(
+            "reconstruction",
+            f"{measure} to the originals (1: the original)",
+            (
+                _Line("strongest attack", lambda c: seen.similarity if (seen := strongest(c).seen) else None),
+                _Line("nearest neighbour", lambda c: _baseline(c, "nearest neighbour")),
+                _Line("class mean", lambda c: _baseline(c, "class mean")),
+                _Line("mean input", lambda c: _baseline(c, "mean input")),
+            ),
+        ),
+        _Panel(
+            "distance correlation of inputs and activations",
+            "squared, bias-corrected (0: independent)",
+            (
+                _Line("clear activations", lambda c: c.distance_correlation),
+                _Line("treated", lambda c: c.treated_distance_correlation),
+            ),
+        ),
+        _Panel(
+            "label inference, best attack",
+            "share of labels guessed",
+            (
+                _Line("from gradients", lambda c: _guess(c, "gradients")),
+                _Line("from activations", lambda c: _guess(c, "activations")),
+                _Line("from outputs", lambda c: _guess(c, "outputs")),
+                _Line("commonest label", lambda c: c.chance),
+            ),
+        ),
+    )
+
+
+def _draw_panel(axes: Axes, panel: _Panel, found: Sequence[CutLeakage]) -> None:
     places = np.arange(len(found))
-    for number, (name, value) in enumerate(lines):
-        values = [np.nan if (v := value(c)) is None else v for c in found]
+    for number, line in enumerate(panel.lines):
+        values = [np.nan if (v := line.value(c)) is None else v for c in found]
         if np.isnan(values).all():
             continue
-        style = {"color": _COLOURS[number], "linestyle": _STROKES[number]}
         # A single cut has no line to see: everything gets a marker then.
         marker = _MARKERS[number] or ("_" if len(found) == 1 else "")
-        axes.plot(places, values, label=name, marker=marker, markersize=6, **style)  # type: ignore[arg-type]  # of its own stubs
+        axes.plot(
+            places,
+            values,
+            label=line.name,
+            color=_COLOURS[number],
+            linestyle=_STROKES[number],
+            marker=marker,
+            markersize=6,
+        )
     for place, leakage in zip(places, found, strict=True):
         if leakage.void:
             axes.axvspan(place - 0.3, place + 0.3, color="#cccccc", alpha=0.5, label="_void")
-            axes.text(place, 0.5, "void", rotation=90, ha="center", va="center", color="#333333")
+            axes.text(float(place), 0.5, "void", rotation=90, ha="center", va="center", color="#333333")
     axes.set_xticks(places, [_short(c.cut) for c in found], rotation=30 if len(found) > 1 else 0, parse_math=False)
     for label in axes.get_xticklabels() if len(found) > 1 else ():
         label.set_horizontalalignment("right")
     axes.set_xlim(-0.5, len(found) - 0.5)
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.03)
-    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("cut behind, in the model's order", fontsize=9)
+    axes.set_ylabel(panel.unit, fontsize=9)
+    axes.set_title(panel.title, fontsize=11)
     axes.grid(axis="y", color="#e5e5e5")
     axes.legend(fontsize=8, loc="best", framealpha=0.85)
+
+
+def _baseline(leakage: CutLeakage, name: str) -> float | None:
+    return leakage.baselines[name].similarity if name in leakage.baselines else None
 
 
 def _guess(leakage: CutLeakage, source: str) -> float | None:
@@ -141,5 +171,5 @@ def _short(name: str) -> str:
 
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
+    FigureCanvasAgg(figure).print_png(out)  # type: ignore[no-untyped-call]  # matplotlib's own signature
     return out.getvalue()

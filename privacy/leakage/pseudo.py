@@ -72,7 +72,7 @@ def imitate(victim: Victim, bench: Bench, treatment: Treatment | None, deadline:
 def _crossing(
     victim: Victim, front: nn.Module, x: Tensor, treatment: Treatment | None, generator: torch.Generator
 ) -> list[tuple[Tensor, ...]]:
-    return [victim.treated(victim.run(part, front)[0], treatment, generator) for part in x.split(_CHUNK)]
+    return [victim.treated(victim.run(part, front)[0], treatment, generator) for part in torch.split(x, _CHUNK)]
 
 
 @dataclass(frozen=True, slots=True)

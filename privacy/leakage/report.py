@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree as ET
@@ -48,7 +48,14 @@ code { font-size: 0.95em; overflow-wrap: anywhere; }
 """
 
 
-def write_report(found: Sequence[CutLeakage], folder: Path, *, model: str, settings: Settings) -> Advice:
+def write_report(
+    found: Sequence[CutLeakage],
+    folder: Path,
+    *,
+    model: str,
+    settings: Settings,
+    left_out: Mapping[str, str] | None = None,
+) -> Advice:
     """Writes ``report.html``, ``leakage.json``, ``curves.png`` and a PNG for each cut into ``folder``.
 
     Args:
@@ -56,6 +63,7 @@ def write_report(found: Sequence[CutLeakage], folder: Path, *, model: str, setti
         folder: is made where it is missing; files of these names are replaced.
         model: its name, for the title.
         settings: how the audit ran.
+        left_out: cuts that should have been audited and were not, each with the reason.
 
     Returns:
         The advice that stands in the report.
@@ -65,8 +73,9 @@ def write_report(found: Sequence[CutLeakage], folder: Path, *, model: str, setti
     """
     advice = advise(found)
     curves, pictures = curves_png(found), [exhibits_png(leakage) for leakage in found]
-    record = as_record(found, advice, model=model, settings=settings)
-    page = _page(found, advice, curves, pictures, model=model, settings=settings)
+    missing = dict(left_out or {})
+    record = as_record(found, advice, model=model, settings=settings, left_out=missing)
+    page = _page(found, advice, curves, pictures, model=model, settings=settings, left_out=missing)
     files = {f"cut-{n:02}-{_file_name(c.cut)}.png": p for n, (c, p) in enumerate(zip(found, pictures, strict=True), 1)}
     files |= {"curves.png": curves, "leakage.json": (json.dumps(record, indent=2) + "\n").encode()}
     files |= {"report.html": page.encode()}
@@ -79,7 +88,14 @@ def write_report(found: Sequence[CutLeakage], folder: Path, *, model: str, setti
     return advice
 
 
-def as_record(found: Sequence[CutLeakage], advice: Advice, *, model: str, settings: Settings) -> dict[str, Any]:
+def as_record(
+    found: Sequence[CutLeakage],
+    advice: Advice,
+    *,
+    model: str,
+    settings: Settings,
+    left_out: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Everything but the pictures, as JSON takes it."""
     cuts = []
     for leakage in found:
@@ -87,7 +103,14 @@ def as_record(found: Sequence[CutLeakage], advice: Advice, *, model: str, settin
         plain = {f.name: getattr(leakage, f.name) for f in dataclasses.fields(leakage) if f.name != "exhibits"}
         plain |= {name: _plain(value) for name, value in plain.items()}
         cuts.append(plain | {"void": leakage.void, "explained": explained(strongest(leakage), leakage)})
-    return {"format": FORMAT, "model": model, "settings": _plain(settings), "advice": _plain(advice), "cuts": cuts}
+    return {
+        "format": FORMAT,
+        "model": model,
+        "settings": _plain(settings),
+        "advice": _plain(advice),
+        "cuts": cuts,
+        "left_out": dict(left_out or {}),
+    }
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 -- any field of the results
@@ -115,6 +138,7 @@ def _page(
     *,
     model: str,
     settings: Settings,
+    left_out: Mapping[str, str],
 ) -> str:
     html = ET.Element("html", lang="en")
     head = _add(html, "head")
@@ -125,7 +149,7 @@ def _page(
     main = _add(_add(html, "body"), "main")
     _add(main, "h1", f"Leakage audit of {model}")
     _add(main, "p", _setting(found[0], settings))
-    _summary(main, advice)
+    _summary(main, advice, left_out)
     _add(main, "h2", "The cuts compared")
     _table_of_cuts(main, found, advice)
     _figure(
@@ -143,7 +167,7 @@ def _setting(first: CutLeakage, settings: Settings) -> str:
     seen = (
         "clear activations"
         if treatment is None
-        else f"activations clipped to an L2 norm of {treatment.clip:g} and noised with σ = {treatment.sigma:g}"
+        else f"activations clipped to an L2 norm of {treatment.clip:g} and noised with σ = {treatment.noise:g} of it"
     )
     return (
         f"The attacker knows {first.known:,} records and attacks {first.attacked:,} others, by what a node would see: "
@@ -151,7 +175,7 @@ def _setting(first: CutLeakage, settings: Settings) -> str:
     )
 
 
-def _summary(parent: ET.Element, advice: Advice) -> None:
+def _summary(parent: ET.Element, advice: Advice, left_out: Mapping[str, str]) -> None:
     _add(parent, "h2", "What to do")
     box = _add(parent, "div", None, **{"class": "note" if advice.cut else "void"})
     if advice.cut is None:
@@ -162,6 +186,8 @@ def _summary(parent: ET.Element, advice: Advice) -> None:
     reasons = _add(box, "ul")
     for reason in advice.reasons:
         _add(reasons, "li", reason)
+    for cut, why in left_out.items():
+        _add(reasons, "li", f"Not audited, so nothing is known of it: {cut} ({why}).")
     limits = _add(parent, "p")
     _add(limits, "strong", " ".join(advice.limits))
 
@@ -216,7 +242,8 @@ def _cut_section(parent: ET.Element, leakage: CutLeakage, picture: bytes) -> Non
 
 
 def _reconstructions(parent: ET.Element, leakage: CutLeakage) -> None:
-    rows = [("(the original)", "", "", "0", "1.000", _share(leakage.originals_accuracy), "", "")]
+    original = ("(the original)", "", "", "0", "1.000", _share(leakage.originals_accuracy), "", "")
+    rows: list[tuple[str, ...]] = [original]
     for name, score in leakage.baselines.items():
         rows.append((name, "baseline", "", *_cells(score), "", ""))
     for attack in leakage.attacks:

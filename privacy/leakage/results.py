@@ -40,20 +40,25 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """``rows``: each record's activations, clipped to an L2 norm, plus Gaussian noise of a standard deviation."""
+    """``rows``, as a policy states it: each record's activations, clipped, plus Gaussian noise.
+
+    Attributes:
+        clip: L2 norm of one record's activations at most.
+        noise: standard deviation, in units of ``clip``; 0 clips only.
+    """
 
     clip: float
-    sigma: float
+    noise: float
 
     def __post_init__(self) -> None:
         """Checks the numbers.
 
         Raises:
-            ConfigError: the clip is not above 0, or the noise below 0, or one of them is no finite number.
+            ConfigError: the clip is not above 0, the noise below 0, or one of them is no finite number.
         """
-        if not (math.isfinite(self.clip) and math.isfinite(self.sigma) and self.clip > 0 and self.sigma >= 0):
+        if not (math.isfinite(self.clip) and math.isfinite(self.noise) and self.clip > 0 and self.noise >= 0):
             raise ConfigError(
-                f"noise of clip {self.clip} and sigma {self.sigma}: clip must be above 0, sigma at least 0"
+                f"rows of clip {self.clip} and noise {self.noise}: clip must be above 0, noise at least 0"
             )
 
 

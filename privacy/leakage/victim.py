@@ -83,7 +83,7 @@ class Victim:
     def seen(self, x: Tensor, treatment: Treatment | None, generator: torch.Generator) -> Tensor:
         """What the node sees of ``x``, joined; the noise is drawn once for each row."""
         return torch.cat(
-            [self.joined(self.treated(self.run(part)[0], treatment, generator)) for part in x.split(_CHUNK)]
+            [self.joined(self.treated(self.run(part)[0], treatment, generator)) for part in torch.split(x, _CHUNK)]
         )
 
     @staticmethod
@@ -95,8 +95,8 @@ class Victim:
             return tuple(tensors)
         flat = torch.cat([t.float().flatten(1) for t in tensors], 1)
         flat = flat * (treatment.clip / flat.norm(dim=1, keepdim=True).clamp_min(treatment.clip))
-        flat = flat + treatment.sigma * torch.randn(flat.shape, generator=generator)
-        parts = flat.split([t[0].numel() for t in tensors], 1)
+        flat = flat + treatment.noise * treatment.clip * torch.randn(flat.shape, generator=generator)
+        parts = torch.split(flat, [t[0].numel() for t in tensors], 1)
         return tuple(part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True))
 
 
