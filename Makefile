@@ -47,7 +47,7 @@ demo: setup  ## train a real model through a real node over mutual TLS, and prov
 	$(BIN)/cloister demo
 
 test: setup  ## run the whole test suite; `make chaos` and `make audit-dp` are its long forms
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile $(PYTEST_FLAGS)
 
 # Kills owner and nodes 100 times at random moments, and compares the run's bits: some 20 minutes.
 chaos: setup

@@ -1,4 +1,4 @@
-"""The benchmarks: ``python -m bench [loopback|small|wan|durability|memory|privacy|all]``; ``make bench`` writes RESULTS.md."""
+"""The benchmarks: ``python -m bench [loopback|…|privacy|all]``; ``make bench`` writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Chapter]]] = {
     "durability": lambda asked: durability.durability(durability.QUICK if asked.quick else durability.FULL),
     "memory": lambda asked: memory.memory(memory.QUICK if asked.quick else memory.FULL),
     "privacy": lambda asked: privacy.privacy(
-        privacy.QUICK if asked.quick else privacy.FULL, asked.data, PICTURE if asked.write else None
+        privacy.QUICK if asked.quick else privacy.FULL, asked.data, PICTURE if asked.write and asked.data else None
     ),
 }
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="for privacy: mnist10k/*.gz (MNIST's test set, IDX) and mitbih/mitbih_beats_128.npz; synthetic beats without",
+        help="for privacy: mnist10k/*.gz (MNIST's test set) and mitbih/mitbih_beats_128.npz; without, synthetic beats",
     )
     parser.add_argument("--format", default="table", choices=["table", "json"], help="for people, or for programs")
     parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}, and the plot of privacy")

@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import cloister
@@ -34,7 +34,7 @@ from bench.treatments import BATCH, CLEAR, FRESH_EPOCHS, TREATMENTS, Treatment
 from client_side.fronts import UnitRows
 from privacy.accounting import Relation
 
-__all__ = ["FULL", "QUICK", "Extent", "Measured", "chapter", "measure", "panels", "privacy"]
+__all__ = ["FULL", "QUICK", "Extent", "Measured", "Trial", "accuracy", "chapter", "measure", "panels", "privacy"]
 
 DELTA: Final = 1e-5  # below 1 / N
 _RATE: Final = 4e-3
@@ -141,9 +141,11 @@ def accuracy(trial: Trial, node: cloister.LocalNode, ledger: cloister.Ledger) ->
     subject, features, treatment = trial.subject, trial.features, trial.treatment
     policy = treatment.policy(_more(trial))
     generator = torch.Generator().manual_seed(trial.seed)
-    loader = DataLoader(TensorDataset(features.train, subject.labels[0]), BATCH, shuffle=True, generator=generator)
-    epochs = FRESH_EPOCHS if treatment.fresh else _epochs(policy, len(features.train), treatment.steps)
-    steps = epochs * math.ceil(_rows_of(policy, len(features.train)) / BATCH)
+    rows = _taking_part(trial)
+    records = TensorDataset(features.train[rows], subject.labels[0][rows])
+    loader = DataLoader(records, BATCH, shuffle=True, generator=generator)
+    epochs = FRESH_EPOCHS if treatment.fresh else _epochs(policy, len(records), treatment.steps)
+    steps = epochs * math.ceil(_rows_of(policy, len(records)) / BATCH)
     with cloister.Trainer(
         _cut(trial),
         node=node.address,
@@ -152,8 +154,10 @@ def accuracy(trial: Trial, node: cloister.LocalNode, ledger: cloister.Ledger) ->
         ledger=ledger,
         # Each training is its first here; your data set has one name, and all that was ever trained on it adds up.
         data_set=f"{subject.name}, {features.front}, {treatment.name}, {trial.epsilon}, {trial.relation}, {trial.seed}",
-        units=subject.units,
-        optimizer=cloister.AdamW(lr=_RATE, weight_decay=1e-3, schedule=cloister.Schedule("linear", total_steps=steps)),
+        units=None if subject.units is None else subject.units[rows],
+        optimizer=cloister.AdamW(
+            lr=_RATE, weight_decay=1e-3, schedule=cloister.Schedule(decay="linear", total_steps=steps)
+        ),
         seed=trial.seed,
         # Output gradients that are noise look like an attack on a front that learns, and they are the owner's own.
         detect_hijacking=not treatment.learns,
@@ -164,6 +168,14 @@ def accuracy(trial: Trial, node: cloister.LocalNode, ledger: cloister.Ledger) ->
     if policy.claims and (spent is None or spent.epsilon > trial.epsilon * _SPENT_TOO_MUCH):
         raise RuntimeError(f"{subject.name}, {treatment.name}: {spent} was spent of ε = {trial.epsilon}")
     return 100 * (result.accuracy or 0.0)
+
+
+def _taking_part(trial: Trial) -> Tensor:
+    """Indices of the records: where their own rows leave, the first ones of each patient, and no others."""
+    units = trial.subject.units
+    if units is None or not trial.treatment.row_by_row:
+        return torch.arange(len(trial.features.train))
+    return torch.cat([torch.nonzero(units == unit)[:_RECORDS_OF_A_PATIENT, 0] for unit in set(units.tolist())])
 
 
 def _more(trial: Trial) -> dict[str, Any]:
@@ -180,7 +192,7 @@ def whole_accuracy(subject: Subject, seed: int) -> float:
     network = subject.whole()
     learn(network, subject.records[0], subject.labels[0], steps=_WHOLE_STEPS)
     with torch.no_grad():
-        told = torch.cat([network(part).argmax(1) for part in subject.records[1].split(1000)])
+        told = torch.cat([network(part).argmax(1) for part in torch.split(subject.records[1], 1000)])
     return 100 * float((told == subject.labels[1]).float().mean())
 
 
@@ -192,12 +204,18 @@ def _cut(trial: Trial) -> cloister.Cut:
         first = nn.Linear(width, width)
         nn.init.eye_(first.weight)
         front = nn.Sequential(first, UnitRows())
-    # Without a bias: among rows that are mostly noise it learns how frequent a class is, and outweighs clean rows.
-    middle: nn.Module = nn.Linear(width, classes, bias=False)
-    if trial.treatment.deep:
-        middle = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, classes))
     head = nn.Identity() if trial.treatment.fresh else None
-    return cloister.Cut(front=front, middle=middle, head=head, example=trial.features.train[:4])
+    return cloister.Cut(front=front, middle=_middle(trial, width, classes), head=head, example=trial.features.train[:4])
+
+
+def _middle(trial: Trial, width: int, classes: int) -> nn.Module:
+    if trial.treatment.deep:
+        return nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, classes))
+    # What rows that are mostly noise teach is little. Beside it, weights that chance began with would be heard on clean
+    # rows, and so would a bias, which is learnt from how frequent the classes are.
+    layer = nn.Linear(width, classes, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def _rows_of(policy: cloister.Policy, records: int) -> int:

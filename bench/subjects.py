@@ -247,7 +247,7 @@ def learn(
         rows = torch.randint(len(records), (_BATCH,))
         seen = records[rows] if varied is None else varied(records[rows])
         optimizer.zero_grad()
-        nn.functional.cross_entropy(network(seen), labels[rows]).backward()
+        torch.autograd.backward(nn.functional.cross_entropy(network(seen), labels[rows]))
         optimizer.step()
         schedule.step()
     network.eval()
@@ -267,4 +267,4 @@ def _public(
 
 def _batched(front: nn.Module, records: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([front(part) for part in records.split(256)])
+        return torch.cat([front(part) for part in torch.split(records, 256)])

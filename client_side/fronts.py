@@ -77,8 +77,10 @@ class UnitRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows of ``x``'s own shape and dtype; gradients flow through."""
-        norms = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-        return x / norms.reshape(-1, *[1] * (x.ndim - 1))
+        norms_B = x.flatten(1).norm(dim=1)
+        norms_B = norms_B.where(norms_B > 0, 1.0)  # not a small number: the gradient of a row of zeros stays finite
+        unit: Tensor = x / norms_B.reshape(-1, *[1] * (x.ndim - 1))
+        return unit
 
 
 def frozen(module: nn.Module) -> nn.Module:

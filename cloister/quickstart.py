@@ -38,7 +38,6 @@ def train_privately(
     node: str, owner: cloister.Identity | str, ledger: cloister.Ledger, *callbacks: cloister.Callback
 ) -> tuple[cloister.Evaluation, cloister.Claim | None]:
     """Trains on the heart beats of 1,536 patients so that no node learns much of any of them: ε = 1 per patient."""
-    patients = {"count": 2048, "most": 24}  # synthetic ones, up to 24 beats of each; a quarter of them to test on
     torch.manual_seed(0)
     model = heartbeats.model(front="pca")  # its stem was fitted on other patients, and does not learn
     cut = cloister.cut(model, front="stem", example=torch.zeros(64, 1, 128))
@@ -46,13 +45,13 @@ def train_privately(
     with cloister.Trainer(
         cut,
         policy=cloister.Policy(activations=cloister.Moments(rows=20_000), classes=5, epsilon=1.0, unit="patient"),
-        units=heartbeats.train_units(**patients),  # whose each beat is
+        units=heartbeats.train_units(count=2048, most=24),  # whose each beat is
         ledger=ledger,  # what left, and what it cost, written down before it leaves
         node=node,
         identity=owner,
         optimizer=cloister.AdamW(lr=2e-3),
         callbacks=callbacks,
     ) as trainer:
-        trainer.fit(heartbeats.train_loader(**patients), epochs=2)
-        result = trainer.evaluate(heartbeats.test_loader(**patients))  # at home: no test record leaves either
+        trainer.fit(heartbeats.train_loader(count=2048, most=24), epochs=2)
+        result = trainer.evaluate(heartbeats.test_loader(count=2048, most=24))  # at home: no test record leaves either
         return result, trainer.guard.claim

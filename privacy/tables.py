@@ -129,7 +129,8 @@ def make_table(policy: Policy, plan: TablePlan, records: Records, noise: Noise |
 def unit_weights(units: Tensor) -> Tensor:
     """[N]: each record's share of its unit, so that a unit contributes an average of its records."""
     _, which, counts = torch.unique(units, return_inverse=True, return_counts=True)
-    return counts[which].to(torch.float64).reciprocal()
+    shares: Tensor = counts[which].to(torch.float64).reciprocal()
+    return shares
 
 
 def sample_rows(
@@ -364,12 +365,14 @@ def _cleaned(covariance: Tensor, edge: float) -> Tensor:
     least = _FLOOR * float(values.sum().clamp_min(1e-6)) / len(values)
     level = max(least, float(values[drowned].mean())) if bool(drowned.any()) else least
     above = ((values - level).square() - edge**2).clamp_min(0.0).sqrt()
-    return (vectors * (level + above.where(values - level > edge, 0.0))) @ vectors.T
+    cleaned: Tensor = (vectors * (level + above.where(values - level > edge, 0.0))) @ vectors.T
+    return cleaned
 
 
 def _floored(covariance: Tensor, mean: float) -> Tensor:
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return (vectors * values.clamp_min(_FLOOR * mean)) @ vectors.T
+    floored: Tensor = (vectors * values.clamp_min(_FLOOR * mean)) @ vectors.T
+    return floored
 
 
 def _ridged(covariance: Tensor) -> Tensor:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import __main__ as program
-from bench import loopback, memory, small, wan
+from bench import loopback, memory, privacy, small, subjects, wan
 from bench.blocks import Contender, Measured, Spread, race
 from bench.models import ECG_CNN, MLP
+from bench.plots import draw
+from bench.privacy import Measured as Measured_
 from bench.report import Chapter, Finding, Table, as_json, as_markdown
 from bench.runs import SplitRun, addressed
+from bench.treatments import FRESH_EPOCHS, TREATMENTS, Treatment
 from bench.wan import Crossing, Wire, bound_s
 from client_side.link import NodeAddress, Traffic
+from client_side.spawn import LocalNode
+from privacy.accounting import Relation, epsilon_of
+from privacy.guard import fresh_releases
+from privacy.ledger import Budget, Ledger
+from privacy.tables import plan_table
+from wire.errors import ConfigError
 
 
 def contender(name: str, step_s: Callable[[int], float], log: list[str], rows: int = 64) -> Contender:
@@ -167,7 +180,7 @@ def test_results_are_written_only_where_asked(
 ) -> None:
     file = tmp_path / "RESULTS.md"
     monkeypatch.setattr(program, "RESULTS", file)
-    monkeypatch.setitem(program._BENCHMARKS, "memory", (chapter, chapter))
+    monkeypatch.setitem(program._BENCHMARKS, "memory", lambda _: chapter())
 
     program.main(["memory"])
     assert not file.exists()
@@ -175,6 +188,125 @@ def test_results_are_written_only_where_asked(
 
     assert file.read_text().startswith("# Results")
     assert "A title" in capsys.readouterr().out
+
+
+def test_a_data_folder_is_in_the_command_that_repeats_a_benchmark_but_not_by_name() -> None:
+    assert program._command("privacy", quick=True, data=True) == "python -m bench privacy --quick --data FOLDER"
+    assert program._command("all", quick=False) == "make bench"
+
+
+# --- accuracy against ε
+
+
+def measured(treatment: str, epsilon: float, *percents: float, front: str = "a", subject: str = "beats") -> Measured_:
+    return Measured_(subject, "patient", front, treatment, epsilon, Relation.REPLACE_ONE, percents)
+
+
+FOUND = [
+    measured("no DP", math.inf, 97.0, 99.0),
+    measured("rows, once", 1.0, 20.0, 22.0),
+    measured("moments", 1.0, 90.0, 92.0),
+    measured("no DP", math.inf, 96.0, 96.0, front="b"),
+    measured("moments", 1.0, 93.0, 93.0, front="b"),
+    measured("no DP, end to end, without a cut", math.inf, 99.5, front=""),
+]
+
+
+def test_a_chapter_names_the_best_front_and_treatment_of_each_epsilon_and_both_distances() -> None:
+    (finding,) = privacy.chapter(FOUND, privacy.Extent(epsilons=(1.0,))).findings
+
+    assert finding.sentence == (
+        "beats, ε = 1: best is moments, front b, 93.0 %; that is 6.5 points below no DP end to end, and below no DP "
+        "with the same front by: 3.00 points."
+    )
+
+
+def test_a_chapter_has_a_row_for_each_treatment_and_front_with_mean_and_spread() -> None:
+    (table,) = privacy.chapter(FOUND, privacy.Extent(epsilons=(1.0,))).tables
+
+    assert table.columns == ("treatment", "front", "ε = 1", "∞")
+    assert table.rows[0] == ("no DP", "a", "", "98.0 ± 1.4")
+    assert table.rows[2] == ("moments", "a", "91.0 ± 1.4", "")
+
+
+def test_a_figure_that_is_known_from_elsewhere_becomes_a_target() -> None:
+    found = [
+        measured("moments", 1.0, 89.0, subject="digits"),
+        measured("moments", 1.0, 90.0, front="b", subject="digits"),
+    ]
+
+    (finding,) = privacy._reached(found)
+
+    assert (finding.measured, finding.met) == (90.0, True)
+
+
+def test_the_chapter_says_that_choosing_by_these_figures_is_tuning_on_private_data() -> None:
+    assert "tuning on private data" in privacy.chapter([], privacy.QUICK).what
+
+
+def test_the_plot_shows_each_treatment_on_its_best_front(tmp_path: Path) -> None:
+    (panel,) = privacy.panels(FOUND)
+    draw([panel], tmp_path / "images" / "plot.png")
+
+    assert {curve.name: curve.points for curve in panel.curves} == {
+        "rows, once": ((1.0, 21.0),),
+        "moments": ((1.0, 93.0),),
+    }
+    assert panel.level == 98.0
+    assert (tmp_path / "images" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS, ids=lambda t: t.name)
+@pytest.mark.parametrize("patients", [False, True])
+def test_every_treatment_that_is_measured_settles_within_its_budget(treatment: Treatment, *, patients: bool) -> None:
+    features = subjects.Features("f", torch.eye(4).repeat(30, 1), torch.eye(4))
+    units = torch.arange(120) // 6 if patients else None
+    labels = torch.arange(4).repeat(30), torch.arange(4)
+    subject = subjects.Subject(
+        "s", 4, (features,), labels, units, "patient", (features.train, features.test), torch.nn.Identity
+    )
+    trial = privacy.Trial(subject, features, treatment, 2.0, Relation.REPLACE_ONE, 0)
+    policy = treatment.policy(privacy._more(trial))
+
+    releases = (
+        fresh_releases(policy, epochs=FRESH_EPOCHS)
+        if treatment.fresh
+        else plan_table(policy, Budget(policy.epsilon, policy.delta, policy.relation)).releases
+    )
+
+    assert policy.unit == ("patient" if patients else "record")
+    assert 1.9 < epsilon_of([release.event for release in releases], policy.delta, policy.relation) <= 2.002
+
+
+def test_T10_a_trial_through_a_node_learns_and_spends_what_was_asked(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres, labels = torch.eye(6)[:3], torch.arange(3).repeat(400)
+    rows = centres[labels] + 0.1 * torch.randn(1200, 6, generator=generator)
+    features = subjects.Features("f", rows[:1000], rows[1000:])
+    subject = subjects.Subject(
+        "s",
+        3,
+        (features,),
+        (labels[:1000], labels[1000:]),
+        None,
+        "record",
+        (rows[:1000], rows[1000:]),
+        torch.nn.Identity,
+    )
+    by_name = {treatment.name: treatment for treatment in TREATMENTS}
+    with LocalNode(tmp_path, threads=1) as node, contextlib.closing(Ledger(f"sqlite:///{tmp_path / 'l'}")) as ledger:
+        trial = privacy.Trial(subject, features, by_name["moments"], 2.0, Relation.REPLACE_ONE, 0)
+        percent = privacy.accuracy(trial, node, ledger)
+
+    assert percent > 95
+
+
+def test_a_missing_or_foreign_mnist_file_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no \*images\*.gz"):
+        subjects._idx(tmp_path, "images", 3)
+    (tmp_path / "t10k-labels.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc"))
+    with pytest.raises(ConfigError, match="no whole IDX file"):
+        subjects._idx(tmp_path, "labels", 1)
 
 
 # --- small runs of the real thing

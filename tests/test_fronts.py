@@ -13,6 +13,7 @@ from torch import nn
 
 from client_side.cutting import cut
 from client_side.fronts import (
+    UnitRows,
     front_digest,
     frozen,
     load_public_front,
@@ -36,6 +37,38 @@ def _saved(module: nn.Module, path: Path) -> str:
     data = dump_state(module.state_dict())
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
+
+
+# --- Rows of norm 1 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 2, 4, 4)])
+def test_unit_rows_keep_their_direction_and_lose_their_length(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 7
+
+    made = UnitRows()(x)
+
+    torch.testing.assert_close(made.flatten(1).norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(torch.cosine_similarity(made.flatten(1), x.flatten(1)), torch.ones(5))
+
+
+def test_a_row_of_zeros_stays_one_and_its_gradient_is_finite() -> None:
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], requires_grad=True)
+
+    made = UnitRows()(x)
+    made.sum().backward()
+
+    torch.testing.assert_close(made.detach(), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+    assert x.grad is not None
+    assert x.grad.abs().max() < 10
+
+
+def test_unit_rows_cross_a_cut_and_a_frozen_front_may_end_with_them() -> None:
+    front = nn.Sequential(frozen(nn.Linear(6, 4)), UnitRows())
+
+    made = cut(nn.Sequential(front, nn.Linear(4, 2)), front="0", example=torch.randn(3, 6)).front(torch.randn(9, 6))
+
+    torch.testing.assert_close(made[0].norm(dim=1) if isinstance(made, tuple) else made.norm(dim=1), torch.ones(9))
 
 
 # --- Frozen -----------------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def test_T11_a_resumed_table_run_has_the_same_bits_and_pays_nothing_again(
     whole = cloister.Checkpoints(folder=tmp_path / "whole", every=5)
     with trainer(node, ledger, TABLES[name], checkpoints=whole, callbacks=[Stop(1)]) as found:
         monkeypatch.setattr(found._guard, "_spend", lambda *_args, **_more: None)  # the budget is spent
-        found._guard.table = lambda _records: _adopted(found, tmp_path / "run")  # type: ignore[method-assign]
+        monkeypatch.setattr(found._guard, "table", lambda _: _adopted(found, tmp_path / "run"))
         found._callbacks = []
         found.fit(loader(), epochs=3)
         expected = found.cut.reassemble().state_dict()

@@ -45,6 +45,11 @@ RESULT: Final = [
     "model",
     "model_sha256",
     "program_sha256",
+    "epsilon",
+    "delta",
+    "data_set",
+    "claim",
+    "card",
     "interrupted",
 ]
 METRICS: Final = "step epoch loss lr rows seconds node_seconds bytes_up bytes_down reconnects".split()  # noqa: SIM905

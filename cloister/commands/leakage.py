@@ -168,6 +168,7 @@ def leakage(
         from cloister.weights import load_weights  # noqa: PLC0415 - as above
 
         load_weights(subject.model, weights)
+    _refuse_unknown(subject, cut or [])
     inputs, labels = _records(data or what, subject.batches, rows)
     fronts = _fronts(subject, inputs[:_EXAMPLE_ROWS], cut or [])
     from privacy.leakage import Settings, Treatment, write_report  # noqa: PLC0415 - as above
@@ -273,6 +274,19 @@ def _batches(name: str, make: Callable[[], Any]) -> Iterator[Any]:
         raise
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _refuse_unknown(subject: _Subject, cuts: Sequence[str]) -> None:
+    """Before the data are read, which may take minutes.
+
+    Raises:
+        CutError: a cut or the head is no submodule of the model.
+    """
+    from client_side.tracing import trace  # noqa: PLC0415 - as in the command
+
+    names = [*cuts, *([subject.head] if subject.head else [])]
+    if names:
+        trace(subject.model, names, 1)
 
 
 def _records(name: str, loader: Iterator[Any], rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ import typer
 
 from client_side.records import data_set_of
 from cloister.assembly import cut_model, first_inputs, make_loader, make_model, units_of
+from cloister.exits import ExitCode
 from cloister.joboptions import JobArgument, SetOption, job_from
 from cloister.jobs import Job
 from cloister.output import Format, FormatOption, print_record, print_rows, progress_console
@@ -198,7 +199,8 @@ def plan(
 ) -> None:
     """Show what a job would spend, and how much noise that means, before anything leaves.
 
-    Reads the data to name it, makes the model to count what crosses the cut; asks no node.
+    Reads the data to name it, makes the model to count what crosses the cut; asks no node. Exits with 8 where an ε is
+    asked for that would not hold, or is not there to spend.
 
     Example: [bold]cloister privacy plan job.toml --set privacy.epsilon=1.0[/]
     """
@@ -206,7 +208,14 @@ def plan(
     found = planned(job)
     if fmt is Format.JSON:
         print_record(found, fmt)
-        return
+    else:
+        _print(found)
+    if job.privacy.epsilon is not None and not found.fits:
+        raise typer.Exit(ExitCode.PRIVACY)
+
+
+def _print(found: Plan) -> None:
+    fmt = Format.TABLE
     print_record(_Summary(**{f.name: getattr(found, f.name) for f in dataclasses.fields(_Summary)}), fmt)
     if found.releases:
         print_rows(found.releases, fmt)
@@ -228,7 +237,9 @@ def planned(job: Job) -> Plan:
         raise ConfigError('privacy: this loader has no data set that could be named by its digest: set data_set = "…"')
     records = len(data) if isinstance(data := getattr(loader, "dataset", None), Sized) else 0
     whose = units_of(job)
-    units = records if whose is None else len(whose.unique())
+    if policy.table is not None and policy.unit != "record" and whose is None:
+        raise ConfigError(f'privacy: unit = "{policy.unit}"; say whose each record is (units = "my_data:patients")')
+    units = records if whose is None else len(set(whose.tolist()))
     width = sum(math.prod(spec.shape) for spec in made.program.inputs)
     before = [entry.event for entry in Ledger(job.privacy.ledger).entries(name)]
     gaps = holes(

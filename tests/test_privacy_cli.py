@@ -1,0 +1,245 @@
+"""``cloister privacy``, and the claims that it must not print: by their numbers in docs/explanation/privacy.md."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from cloister.exits import ExitCode
+from cloister.main import app
+from privacy.guard import Guard, Situation
+from privacy.ledger import Ledger
+from privacy.policy import CLEAR, Moments, Policy
+from privacy.tables import Records
+
+FACTORIES = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def model(frozen=True):
+    front = nn.Linear(6, 4).requires_grad_(not frozen)
+    return nn.Sequential(front, nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3).requires_grad_(False))
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(60, 6, generator=generator), torch.arange(60) % 3)
+    return DataLoader(data, 10, shuffle=True, generator=generator)
+
+
+def patients():
+    return torch.arange(60) // 6
+"""
+JOB = """
+[model]
+factory = "factories:model"
+args = {{ frozen = {frozen} }}
+
+[cut]
+front = "0"
+{head}
+
+[data]
+train = "factories:loader"
+
+[train]
+epochs = {epochs}
+
+[optimizer]
+name = "sgd"
+lr = 0.1
+
+[node]
+address = "localhost:1"
+pin = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
+
+[privacy]
+ledger = "sqlite:///ledger.sqlite"
+data_set = "sixty"
+classes = 3
+{privacy}
+
+[output]
+dir = "run"
+"""
+FRESH = """
+activations = { treatment = "rows", clip = 1.0, noise = %s, once = false }
+gradients = { treatment = "gaussian", clip = 1.0, noise = %s }
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the job and its factories are, and the ledger."""
+    (tmp_path / "factories.py").write_text(FACTORIES, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def ran(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["privacy", *arguments])
+
+
+def planned(privacy: str, *, head: str = "", epochs: int = 1, frozen: str = "true") -> tuple[int, dict[str, Any]]:
+    """The exit code of ``privacy plan`` on that policy, and what it told."""
+    text = JOB.format(privacy=privacy, head=head and f'head = "{head}"', epochs=epochs, frozen=frozen)
+    Path("job.toml").write_text(text, encoding="utf-8")
+    result = ran("plan", "job.toml", "--format", "json")
+    return result.exit_code, json.loads(result.stdout) if result.stdout.startswith("{") else {"said": result.output}
+
+
+def situation(*, front_learns: bool) -> Situation:
+    return Situation(
+        data_set="sixty", run="r", vanilla=True, front_learns=front_learns, head_learns=False, once_an_epoch=True
+    )
+
+
+def test_a_plan_takes_its_noise_from_the_budget_and_fits() -> None:
+    code, found = planned('activations = "moments"\nepsilon = 1.0')
+
+    assert (code, found["fits"], found["holes"]) == (0, True, [])
+    assert found["spent_after"] == pytest.approx(1.0, abs=1e-3)
+    assert [line["treatment"] for line in found["releases"]] == ["moments"]
+    assert found["releases"][0]["noise"] > 5
+
+
+def test_a_plan_per_patient_counts_patients() -> None:
+    privacy = 'activations = { treatment = "moments", rows = 60 }\nepsilon = 1.0\n'
+    _, by_record = planned(privacy)
+    _, by_patient = planned(privacy + 'unit = "patient"\nunits = "factories:patients"')
+
+    assert (by_record["units"], by_patient["units"]) == (60, 10)
+    ratios = [found["releases"][0]["signal_to_noise"] for found in (by_record, by_patient)]
+    assert ratios[0] == pytest.approx(6 * ratios[1], rel=1e-2)
+
+
+def test_wrong_claim_1_rows_that_the_node_sees_are_billed_in_full() -> None:
+    # Billed as secret Poisson samples of 10 of 60 records, this noise would come to a single-digit ε.
+    code, found = planned(FRESH % (4.0, 4.0) + "epsilon = 8.0", head="3", epochs=15)
+
+    assert (code, found["fits"]) == (ExitCode.PRIVACY, False)
+    assert found["spent_after"] > 14
+
+
+def test_wrong_claim_2_no_epsilon_for_a_front_that_trains() -> None:
+    code, found = planned('activations = "moments"\nepsilon = 1.0', frozen="false")
+
+    assert (code, found["spent_after"]) == (ExitCode.PRIVACY, "infinite")
+    assert any("the front trains on the data without dp_sgd" in hole for hole in found["holes"])
+
+
+def test_wrong_claim_3_noise_of_one_clip_is_told_as_10_and_not_as_4() -> None:
+    privacy = FRESH % (1.0, 1e6) + "epsilon = 20.0\n"
+    _, replaced = planned(privacy, head="3")
+    _, blanked = planned(privacy + 'relation = "add_remove"', head="3")
+
+    assert replaced["spent_after"] == pytest.approx(9.997, abs=0.01)
+    assert blanked["spent_after"] == pytest.approx(4.377, abs=0.01)
+
+
+def test_wrong_claim_4_all_epochs_are_billed() -> None:
+    once, ten = (planned(FRESH % (20.0, 20.0) + "epsilon = 8.0", head="3", epochs=n)[1] for n in (1, 10))
+
+    assert ten["spent_after"] > 3 * once["spent_after"]
+    assert [line["times"] for line in ten["releases"]] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ('gradients = "clear"', "output gradients leave in the clear"),
+        ('gradients = "included"', "output gradients depend on labels"),
+        ('inference = "clear"', "evaluation and prediction send activations in the clear"),
+    ],
+)
+def test_wrong_claim_5_what_the_u_shape_tells_beside_the_rows_counts(privacy: str, words: str) -> None:
+    rows = 'activations = { treatment = "rows", clip = 1.0 }\nlabels = "never"\nepsilon = 1.0\n'
+    code, found = planned(rows + privacy, head="3")
+
+    assert code == ExitCode.PRIVACY
+    assert any(words in hole for hole in found["holes"])
+
+
+def test_wrong_claim_7_a_patient_is_no_record() -> None:
+    code, found = planned('activations = { treatment = "moments", rows = 60 }\nepsilon = 1.0\nunit = "patient"')
+
+    assert code == ExitCode.CONFIG
+    assert "say whose each record is" in found["said"]
+
+
+def test_wrong_claim_8_data_that_left_in_the_clear_stays_without_a_claim() -> None:
+    with contextlib.closing(Ledger("sqlite:///ledger.sqlite")) as ledger:
+        situation = Situation(
+            data_set="sixty", run="r", vanilla=True, front_learns=True, head_learns=False, once_an_epoch=True
+        )
+        Guard(CLEAR, ledger).begin(situation)
+
+    status = ran("status", "--data-set", "sixty", "--ledger", "sqlite:///ledger.sqlite")
+    code, found = planned('activations = "moments"\nepsilon = 1.0')
+
+    assert "No differential privacy may be claimed: activations leave in the clear" in status.output
+    assert code == ExitCode.PRIVACY
+    assert "spent_before" not in found or found["spent_before"] == "infinite"
+
+
+def test_wrong_claim_9_dp_sgd_on_the_front_alone_is_no_dp() -> None:
+    privacy = 'activations = "clear"\nfront = { treatment = "dp_sgd", clip = 1.0, noise = 8.0 }\nepsilon = 8.0'
+    code, found = planned(privacy, frozen="false")
+
+    assert code == ExitCode.PRIVACY
+    assert any("activations leave in the clear" in hole for hole in found["holes"])
+
+
+def test_wrong_claim_10_no_key_takes_a_seed_for_the_noise() -> None:
+    code, found = planned('activations = "moments"\nepsilon = 1.0\nnoise_seed = 1')
+
+    assert code == ExitCode.CONFIG
+    assert "privacy.noise_seed" in found["said"]
+
+
+def test_wrong_claim_11_what_another_run_spent_is_gone_from_the_budget() -> None:
+    code, first = planned('activations = "moments"\nepsilon = 1.0')
+    with contextlib.closing(Ledger("sqlite:///ledger.sqlite")) as ledger:
+        _release(ledger)
+    later, found = planned('activations = "moments"\nepsilon = 1.0')
+
+    assert (code, first["spent_before"]) == (0, 0)
+    assert later == ExitCode.PRIVACY
+    assert "budget" in found["said"]
+
+
+def _release(ledger: Ledger) -> None:
+    """What a run with that budget releases."""
+    guard = Guard(Policy(activations=Moments(), epsilon=1.0, classes=3), ledger)
+    guard.begin(situation(front_learns=False))
+    guard.table(Records(torch.nn.functional.normalize(torch.randn(60, 4)), torch.arange(60) % 3))
+
+
+def test_history_tells_each_release_and_draws_what_it_came_to(folder: Path) -> None:
+    with contextlib.closing(Ledger("sqlite:///ledger.sqlite")) as ledger:
+        _release(ledger)
+    ledger_url = ("--ledger", "sqlite:///ledger.sqlite")
+    history = ran("history", "sixty", "--plot", "spent.png", "--format", "json", *ledger_url)
+    lines = json.loads(history.stdout)
+
+    assert [(line["kind"], line["treatment"]) for line in lines] == [("activations", "moments")]
+    assert lines[0]["epsilon"] == pytest.approx(1.0, abs=1e-3)
+    assert (folder / "spent.png").read_bytes().startswith(b"\x89PNG")
+    status = json.loads(ran("status", "--epsilon", "4", "--format", "json", *ledger_url).stdout)
+    assert status[0]["left"] == pytest.approx(3.0, abs=1e-3)
+
+
+def test_an_unknown_data_set_is_told_and_where_to_look() -> None:
+    found = ran("history", "nobody", "--ledger", "sqlite:///ledger.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert "cloister privacy status" in found.output
