@@ -43,7 +43,7 @@ class Treatment:
 
 def _rows(more: dict[str, Any]) -> cloister.Policy:
     # Labels take half of what little there is: a row whose label is wrong teaches nothing.
-    labels = cloister.RandomizedLabels(epsilon=more["epsilon"] / 2)
+    labels = cloister.RandomizedLabels(epsilon=more["epsilon"] / 2 / more.get("records_per_unit", 1))
     return cloister.Policy(activations=cloister.Rows(clip=1.0), labels=labels, **more)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -81,5 +82,6 @@ class Releases:
             front_learns=any(p.requires_grad for p in front.parameters()),
             head_learns=head is not None and any(p.requires_grad for p in head.parameters()),
             once_an_epoch=repeats_no_record(loader),
+            most_of_a_unit=0 if self._units is None else max(Counter(self._units.tolist()).values(), default=0),
         )
         self._guard.begin(situation, None if resumed is None else resumed.ledger)

@@ -34,7 +34,7 @@ from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
 from privacy.hijack import HijackDetector
 from privacy.ledger import Ledger
-from privacy.policy import DpSgd, Never, Policy
+from privacy.policy import DpSgd, GaussianRows, Never, Policy, Rows
 from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
@@ -105,7 +105,7 @@ class Trainer:
             ledger: where releases are written down; this user's own, unless said otherwise.
             data_set: what the training data is called in the ledger; its digest, unless said otherwise.
             units: whose each record is, [N] in the data set's order, where the policy's unit is not the record.
-            detect_hijacking: stops where the node's gradients look like an attack on a front that learns.
+            detect_hijacking: stops where the node's gradients look like an attack on a front that learns in the clear.
 
         Raises:
             ConfigError: says which argument, and what it must be.
@@ -160,7 +160,9 @@ class Trainer:
             for name, part, treatment in (("front", cut.front, policy.front), ("head", cut.head, policy.head))
         }
         learns = any(p.requires_grad for p in cut.front.parameters())
-        self._hijack = HijackDetector() if detect_hijacking and learns else None
+        # What an honest node returns for noised rows looks like an attack; and their noise bounds what an attack gets.
+        noised = isinstance(policy.activations, Rows) or isinstance(policy.gradients, GaussianRows)
+        self._hijack = HijackDetector() if detect_hijacking and learns and not noised else None
         self._sum, self._rows = 0.0, 0  # of the epoch at hand
         self._pass = Pass()
         self.state = TrainState()

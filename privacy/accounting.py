@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Literal, TypeAlias
 
-from scipy.optimize import brentq
 from scipy.special import erfcx, log_ndtr
 
 from wire.errors import ConfigError
@@ -287,7 +286,7 @@ def sampled_noise(
         low, high = high, high * 1.3
     while low == high or excess(low) <= 0:
         low, high = low / 1.3, low
-    noise = float(brentq(excess, low, high, xtol=low * _NOISE_PRECISION / 2))
+    noise = float(_root(excess, low, high, xtol=low * _NOISE_PRECISION / 2))
     while excess(noise) > 0:
         noise *= 1 + _NOISE_PRECISION / 2
     return noise
@@ -377,6 +376,13 @@ def _gaussian_log_delta(mu: float, epsilon: float) -> float:
 
 
 @lru_cache(maxsize=4096)
+def _root(function: Callable[[float], float], low: float, high: float, **tolerances: float) -> float:
+    """Where ``function`` changes its sign between ``low`` and ``high`` (Brent 1973)."""
+    from scipy.optimize import brentq  # noqa: PLC0415 - takes as long to load as all of SQLAlchemy
+
+    return float(brentq(function, low, high, **tolerances))
+
+
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     """The least ε of a μ-GDP mechanism at δ, rounded up by 10⁻⁹ of itself."""
     target = math.log(delta)
@@ -384,7 +390,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
         return 0.0
     # Φ(-x) ≤ e^(-x²/2) at x = √(2 ln 1/δ): enough, and it is not far off
     enough = mu**2 / 2 + mu * math.sqrt(-2 * target)
-    found = brentq(lambda epsilon: _gaussian_log_delta(mu, epsilon) - target, 0.0, enough, xtol=1e-15, rtol=1e-12)
+    found = _root(lambda epsilon: _gaussian_log_delta(mu, epsilon) - target, 0.0, enough, xtol=1e-15, rtol=1e-12)
     return float(found) * (1 + 1e-9)
 
 
@@ -396,7 +402,7 @@ def _gaussian_mu(epsilon: float, delta: float) -> float:
     high = 2 * low
     while _gaussian_log_delta(high, epsilon) <= target:
         high *= 2
-    found = brentq(lambda mu: _gaussian_log_delta(mu, epsilon) - target, low, high, xtol=1e-15, rtol=1e-12)
+    found = _root(lambda mu: _gaussian_log_delta(mu, epsilon) - target, low, high, xtol=1e-15, rtol=1e-12)
     return float(found) * (1 - 1e-8)
 
 

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from opacus import GradSampleModule
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from privacy.mechanisms import Noise
@@ -34,6 +32,10 @@ class DpGradients:
         Raises:
             ConfigError: a layer mixes records (batch-norm), or Opacus has no per-record gradient for it.
         """
+        # Late: Opacus loads all of torch.distributed, which takes seconds, and few runs need it.
+        from opacus import GradSampleModule  # noqa: PLC0415
+        from opacus.validators import ModuleValidator  # noqa: PLC0415
+
         self._treatment, self._noise = treatment, Noise()
         errors = ModuleValidator.validate(part, strict=False)
         if errors:

@@ -58,6 +58,7 @@ class Situation:
         front_learns: whether the front has parameters that train.
         head_learns: the same of the head.
         once_an_epoch: whether every record comes at most once in each epoch.
+        most_of_a_unit: how many records the unit with the most has; 0 where nobody said whose they are.
     """
 
     data_set: str | None
@@ -66,6 +67,7 @@ class Situation:
     front_learns: bool
     head_learns: bool
     once_an_epoch: bool
+    most_of_a_unit: int = 0
 
 
 class Guard:
@@ -167,12 +169,29 @@ class Guard:
         )
         if found and policy.claims:
             raise ReleaseRefusedError(f"privacy: no finite ε would hold, because {'; and '.join(found)}")
+        self._check_units(situation)
         if known is not None and self._ledger is not None:
             self._ledger.check(known)
         self._situation = situation
         if found:
             releases = [Release(kind="activations", treatment="clear", event=Unbounded(reason=r)) for r in found]
             self._spend(releases, unbounded=True)
+
+    def _check_units(self, situation: Situation) -> None:
+        """What is noised anew in every epoch is noised for so many records of a unit; a table bounds them itself."""
+        policy, most = self.policy, situation.most_of_a_unit
+        if policy.unit == "record" or not fresh_kinds(policy):
+            return
+        if not most:
+            raise ConfigError(
+                f'privacy.unit = "{policy.unit}": say whose each record is (units = "module:function" in [privacy], or '
+                "units=… of the Trainer); without, a claim would hold per record only"
+            )
+        if most > policy.records_per_unit:
+            raise ReleaseRefusedError(
+                f"privacy: one {policy.unit} has {most} records, and what is noised anew in every epoch is accounted "
+                f"for {policy.records_per_unit} of them: leave records out of the data set, or raise records_per_unit"
+            )
 
     @property
     def data_set(self) -> str | None:
@@ -321,6 +340,16 @@ class Guard:
         return tuple(Released(t, kind, _SEAL) for t in tensors)
 
 
+def fresh_kinds(policy: Policy) -> dict[str, Rows | GaussianRows | DpSgd]:
+    """What a policy noises anew in every epoch, by kind."""
+    found = {kind: getattr(policy, kind) for kind in ("activations", "gradients", "front", "head")}
+    return {
+        kind: treatment
+        for kind, treatment in found.items()
+        if isinstance(treatment, Rows | GaussianRows | DpSgd) and treatment is not policy.table
+    }
+
+
 def fresh_releases(policy: Policy, *, epochs: int = 1, step: int = 0) -> list[Release]:
     """What a policy releases anew in each epoch, for so many of them.
 
@@ -330,10 +359,7 @@ def fresh_releases(policy: Policy, *, epochs: int = 1, step: int = 0) -> list[Re
         ConfigError: a treatment without its noise.
     """
     found = []
-    fresh = {kind: getattr(policy, kind) for kind in ("activations", "gradients", "front", "head")}
-    for kind, treatment in fresh.items():
-        if not isinstance(treatment, Rows | GaussianRows | DpSgd) or treatment is policy.table:
-            continue
+    for kind, treatment in fresh_kinds(policy).items():
         if treatment.noise is None:
             raise ConfigError(f"privacy.{kind}: what is noised anew in every epoch needs a noise; see privacy plan")
         # A unit's records leave in rows of their own (square root), but add up in one gradient.

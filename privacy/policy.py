@@ -112,8 +112,8 @@ class Moments:
     """
 
     noise: float | None = None
-    count_weight: float = 0.1
-    second_weight: float = 1.0
+    count_weight: float = 0.7
+    second_weight: float = 0.7
     per_class: bool = False
     rows: int | None = None
 

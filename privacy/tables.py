@@ -174,16 +174,18 @@ def _covariances(seconds: Tensor, shares: Tensor, means: Tensor, of_sums: float,
     """[D, D] of each class, or one for all: positive definite; the noise is that of one coordinate of each."""
     total, size = float(shares.sum()), means.shape[1]
     one = torch.eye(size, dtype=means.dtype)
-    between = (means.T * shares) @ means - of_sums**2 * float(shares.reciprocal().sum()) * one
+    # Of a mean's square, so much is noise, by direction; no more than there is.
+    noise_K = torch.minimum((of_sums / shares).square(), means.square().mean(1))
+    between = (means.T * shares) @ means - float((shares * noise_K).sum()) * one
     pooled_noise = of_seconds * math.sqrt(len(seconds)) / total
     pooled = _cleaned((seconds.sum(0) - between) / total, pooled_noise * math.sqrt(2 * size))
     if len(seconds) == 1:
         return [_ridged(pooled)]
     found = []
-    for second, share, mean in zip(seconds, shares.tolist(), means, strict=True):
-        own = second / share - torch.outer(mean, mean) + (of_sums / share) ** 2 * one
-        expected = (of_seconds / share) ** 2 * size * (size + 1) / 2
-        trust = max(0.0, 1 - expected / float((own - pooled).square().sum()))
+    for second, share, mean, in_mean in zip(seconds, shares.tolist(), means, noise_K.tolist(), strict=True):
+        own = second / share - torch.outer(mean, mean) + in_mean * one
+        apart = float((own - pooled).square().sum())
+        trust = max(0.0, 1 - _expected(of_seconds / share, of_sums / share, size) / max(apart, _FLOOR**2))
         found.append(_ridged(_floored(pooled + trust * (own - pooled), float(pooled.trace()) / size)))
     return found
 
@@ -356,6 +358,13 @@ def _sampled(policy: Policy, plan: Moments, flat: Tensor, records: Records, nois
     # How many records there are is no secret where a neighbour replaces one; otherwise the noisy count must do.
     counted = len(flat) if policy.relation is Relation.REPLACE_ONE else max(1, round(float(found.counts.sum())))
     return sample_rows(found, plan.rows or counted, noise, sigma=plan.noise or 0.0, second_weight=plan.second_weight)
+
+
+def _expected(of_second: float, of_mean: float, size: int) -> float:
+    """How far noise alone takes a class's covariance, squared: a mean of norm 1, and two standard deviations more."""
+    free = size * (size + 1) / 2
+    outer = of_mean**2 * 2 * (size + 1) + of_mean**4 * size * (size + 1)
+    return (1 + 2 * math.sqrt(2 / free)) * (of_second**2 * free + outer)
 
 
 def _cleaned(covariance: Tensor, edge: float) -> Tensor:

@@ -119,6 +119,7 @@ def owner(mode: str, folder: Path, address: str, identity: Path) -> None:
         checkpoints=cloister.Checkpoints(folder=folder / "run", every=5),
         detect_hijacking=False,
     ) as trainer:
+        print("ready", flush=True)  # noqa: T201 - whoever kills waits for it
         trainer.fit(data(), EPOCHS, resume=True)
 
 
@@ -186,12 +187,15 @@ def chaos(kills: int, folder: Path, seed: int = 0) -> Tally:
 
 
 def _until_done(command: list[str], kills: int, rng: random.Random, tally: Tally) -> None:
+    """Starts the owner until it is done; kills it at most twelve times, between its first step and its last."""
     here = 0
     while True:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if process.stdout is not None:
+            process.stdout.readline()  # torch is loaded
         last = tally.kills >= kills or here >= 12
         try:
-            _, said = process.communicate(timeout=None if last else rng.uniform(1.0, 6.0))
+            _, said = process.communicate(timeout=None if last else rng.uniform(0.0, 1.5))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

@@ -314,11 +314,14 @@ def evidence() -> HijackEvidence:
 def test_the_complaint_names_the_steps_and_says_what_to_do() -> None:
     labels = some_labels(64)
     detector = HijackDetector()
-    complaint = r"since step 7, .* at step 1\d the mean cosine is 0\.\d\d between classes, .* another node, or freeze"
+    complaint = r"since step 7, .*at step 1\d the mean cosine is 0\.\d\d between classes, .* another node, or freeze"
 
-    with pytest.raises(HijackSuspectedError, match=complaint):
+    def go_on() -> None:
         for step in range(7, 20):
             detector.observe(step, labels, steering(labels))
+
+    with pytest.raises(HijackSuspectedError, match=complaint):
+        go_on()
 
 
 def test_the_evidence_is_written_as_it_is(evidence: HijackEvidence, tmp_path: Path) -> None:

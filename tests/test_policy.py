@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,17 @@ def test_wrong_claim_7_a_patient_is_no_record(ledger: Ledger) -> None:
     by_record.begin(situation())
     with pytest.raises(LedgerError, match="accounted per patient"):
         by_record.table(Records(torch.randn(20, 3), torch.arange(20) % 10))
+
+
+@pytest.mark.parametrize(("most", "error"), [(0, ConfigError), (3, ReleaseRefusedError)])
+def test_wrong_claim_7_a_unit_with_more_records_than_are_accounted_for_is_refused(
+    most: int, error: type[Exception], ledger: Ledger
+) -> None:
+    policy = dataclasses.replace(ANEW, unit="patient", records_per_unit=2)
+    with pytest.raises(error, match="patient"):
+        Guard(policy, ledger).begin(situation(vanilla=False, most_of_a_unit=most))
+
+    Guard(policy, ledger).begin(situation(vanilla=False, most_of_a_unit=2))
 
 
 def test_wrong_claim_8_a_run_in_the_clear_is_told_as_such(ledger: Ledger) -> None:

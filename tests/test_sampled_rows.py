@@ -83,7 +83,7 @@ def test_a_class_with_few_records_falls_back_to_the_pooled_covariance() -> None:
     first, *_, few = covariances(noised(8.0, per_class=True, each=each), 8.0)
     (pooled,) = covariances(noised(8.0, per_class=False, each=each), 8.0)
 
-    assert float((few - pooled).norm() / pooled.norm()) < 0.2
+    assert float((few - pooled).norm() / pooled.norm()) < 0.5
     assert float((first - pooled).norm() / pooled.norm()) > 0.5
 
 

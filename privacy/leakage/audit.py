@@ -200,6 +200,6 @@ def _commonest(labels: Tensor | None) -> float | None:
 
 _DEEP: Final = (
     ("UnSplit", "the front's architecture, and nothing else", invert),
-    ("pseudo-client", "records of the same kind, the architecture, and the middle", imitate),
+    ("pseudo-client", "labelled records of the same kind, the architecture, and the middle", imitate),
     ("FSHA", "records of the same kind, the architecture, and the gradients that it sends to the front", hijack),
 )

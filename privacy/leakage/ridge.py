@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["Ridge", "fit_ridge", "ridge_rows"]
 
-#: Penalties to choose from, as shares of the largest eigenvalue.
+#: Penalties to choose from, as shares of the sum of all eigenvalues.
 _PENALTIES: Final = tuple(10.0**power for power in range(-7, 3))
 _MOST_ROWS: Final = 2000  # a decomposition of 2000x2000 takes about 2 s on one core
 _OPERATIONS_PER_SECOND: Final = 5e9  # that one slow core makes of a product
@@ -46,16 +46,18 @@ def fit_ridge(x_ND: Tensor, y_NT: Tensor) -> Ridge:
     mean_D, offset_T = x_ND.mean(0), y_NT.mean(0)
     centred_ND, wanted_NT = x_ND - mean_D, (y_NT - offset_T).double()
     gram_NN = (centred_ND @ centred_ND.T).double()
-    values_N, vectors_NN = torch.linalg.eigh(gram_NN)
+    total = gram_NN.trace().item()
+    if total <= 0:
+        return Ridge(mean_D, x_ND.new_zeros(x_ND.shape[1], y_NT.shape[1]), offset_T)
+    # Centred rows leave the direction of all ones empty, and what is left out of it would always seem to fit: with
+    # fewer rows than dimensions the least penalty would win on mere noise. An eigenvalue of its own closes it.
+    values_N, vectors_NN = torch.linalg.eigh(gram_NN + total / len(gram_NN))
     values_N = values_N.clamp_min(0.0)
     turned_NT = vectors_NN.T @ wanted_NT
-    largest = values_N[-1].item()
-    if largest <= 0:
-        return Ridge(mean_D, x_ND.new_zeros(x_ND.shape[1], y_NT.shape[1]), offset_T)
     # Every penalty is tried on few targets: on each of a picture's pixels it would take longer than all the rest.
     few = turned_NT @ _directions(turned_NT.shape[1])
-    best = min(_PENALTIES, key=lambda p: _left_out(values_N, vectors_NN, few, p * largest))
-    duals_NT = vectors_NN @ (turned_NT / (values_N + best * largest)[:, None])
+    best = min(_PENALTIES, key=lambda p: _left_out(values_N, vectors_NN, few, p * total))
+    duals_NT = vectors_NN @ (turned_NT / (values_N + best * total)[:, None])
     return Ridge(mean_D, centred_ND.T @ duals_NT.to(x_ND.dtype), offset_T)
 
 
