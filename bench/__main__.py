@@ -13,7 +13,7 @@ from typing import Final
 
 from bench import durability, loopback, memory, privacy, small, wan
 from bench.blocks import tell
-from bench.report import Chapter, as_json, as_markdown
+from bench.report import Chapter, as_json, as_markdown, merged
 
 __all__ = ["main"]
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         chapters.append(_BENCHMARKS[name](options))
         if options.write:  # after each: what is measured stays measured
-            RESULTS.write_text(as_markdown(chapters, command, time.monotonic() - started), encoding="utf-8")
+            old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+            RESULTS.write_text(merged(old, as_markdown(chapters, command, time.monotonic() - started)), "utf-8")
             tell(f"wrote {RESULTS}")
     took_s = time.monotonic() - started
     shown = as_json if options.format == "json" else as_markdown

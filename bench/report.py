@@ -14,8 +14,22 @@ import torch
 
 from bench.blocks import Spread
 
-__all__ = ["Chapter", "Finding", "Table", "as_json", "as_markdown", "machine", "ms", "number", "ratio", "spread", "us"]
+__all__ = [
+    "Chapter",
+    "Finding",
+    "Table",
+    "as_json",
+    "as_markdown",
+    "machine",
+    "merged",
+    "ms",
+    "number",
+    "ratio",
+    "spread",
+    "us",
+]
 
+_HEADING: Final = "## "
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -87,16 +101,25 @@ def machine() -> str:
 
 def as_markdown(chapters: Sequence[Chapter], command: str, took_s: float) -> str:
     """All chapters as the text of ``RESULTS.md``."""
-    lines = ["# Results", "", f"Measured on: {machine()}.", ""]
-    lines += [f"Repeat with `{command}` (this run took {took_s / 60:.1f} minutes).", ""]
+    lines = ["# Results", ""]
     lines += ["Figures are medians over interleaved blocks, with the smallest and the largest in brackets.", ""]
     for chapter in chapters:
-        lines += [f"## {chapter.title}", "", chapter.what, ""]
+        lines += [f"{_HEADING}{chapter.title}", "", chapter.what, ""]
+        lines += [f"Repeat with `{command}` (it took {took_s / 60:.1f} minutes). Measured on: {machine()}.", ""]
         for table in chapter.tables:
             lines += [f"**{table.title}**", "", *_grid(table), ""]
         lines += [f"- {finding.sentence}" for finding in chapter.findings]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def merged(old: str, new: str) -> str:
+    """The text ``new``, and before its chapters those of ``old`` that it does not measure anew."""
+    head, *fresh = new.split(f"\n{_HEADING}")
+    _, *before = old.split(f"\n{_HEADING}")
+    titles = {chapter.partition("\n")[0] for chapter in fresh}
+    kept = [chapter for chapter in before if chapter.partition("\n")[0] not in titles]
+    return f"\n{_HEADING}".join([head, *(chapter.rstrip() + "\n" for chapter in kept), *fresh])
 
 
 def as_json(chapters: Sequence[Chapter], command: str, took_s: float) -> str:

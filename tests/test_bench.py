@@ -19,7 +19,7 @@ from bench.blocks import Contender, Measured, Spread, race
 from bench.models import ECG_CNN, MLP
 from bench.plots import draw
 from bench.privacy import Measured as Measured_
-from bench.report import Chapter, Finding, Table, as_json, as_markdown
+from bench.report import Chapter, Finding, Table, as_json, as_markdown, merged
 from bench.runs import SplitRun, addressed
 from bench.treatments import FRESH_EPOCHS, TREATMENTS, Treatment
 from bench.wan import Crossing, Wire, bound_s
@@ -163,9 +163,17 @@ def test_the_report_names_the_machine_and_the_command_and_holds_every_table() ->
     text = as_markdown([chapter(Finding("f", 1.0))], "make bench", 60.0)
 
     assert "Measured on: " in text
-    assert "`make bench` (this run took 1.0 minutes)" in text
+    assert "`make bench` (it took 1.0 minutes)" in text
     assert "|  | x |\n| --- | ---: |\n| row | 1 |" in text
     assert "- f: 1.00." in text
+
+
+def test_what_is_not_measured_anew_stays_in_the_report() -> None:
+    both = "# Results\n\n## First\n\nold\n\n## Second\n\nold\n"
+    kept = merged(both, "# Results\n\nwords\n\n## Second\n\nnew\n")
+
+    assert kept == "# Results\n\nwords\n\n## First\n\nold\n\n## Second\n\nnew\n"
+    assert merged("", both) == both
 
 
 def test_the_json_report_says_what_was_met() -> None:

@@ -318,11 +318,14 @@ def _records(name: str, loader: Iterator[Any], rows: int) -> tuple[torch.Tensor,
 def _fronts(subject: _Subject, example: torch.Tensor, cuts: Sequence[str]) -> dict[str, Parts]:
     """The model cut at each place, in the order in which it runs where none is named."""
     from client_side.cutting import cut as cut_behind  # noqa: PLC0415 - as in the command
+    from client_side.cutting import undisturbed  # noqa: PLC0415
     from client_side.survey import survey  # noqa: PLC0415
     from privacy.leakage import Parts  # noqa: PLC0415
 
     model = subject.model
     try:
+        with undisturbed(model, training=False):
+            model(example)
         surveyed = survey(model, example, head=subject.head, vanilla=subject.vanilla)
         names = cuts or [c.front for c in surveyed.candidates if c.possible and c.node_parameters]
         made = {n: cut_behind(model, front=n, head=surveyed.head, example=example) for n in dict.fromkeys(names)}
