@@ -59,6 +59,7 @@ audit-dp: setup
 	$(BIN)/python -m tests.audit_dp
 	$(BIN)/python -m tests.private_chaos --kills 200
 	$(BIN)/python -m tests.fsha
+	$(BIN)/python -m tests.fsha --honest --steps 150
 
 lint: setup  ## check style, types, imports, and that what is generated is up to date
 	$(BIN)/ruff check
