@@ -18,7 +18,7 @@ __all__ = ["describe_run", "owner_tensors", "restore_owner"]
 
 
 def describe_run(
-    cut: Cut, optimizer: Optimizer, loss: Loss, policy: Policy, *, micro_batches: int, seed: int
+    cut: Cut, optimizer: Optimizer, loss: Loss, policy: Policy, *, data_set: str | None, micro_batches: int, seed: int
 ) -> dict[str, object]:
     """What makes a run this one, by names that people read: a checkpoint of any other is refused."""
     return {
@@ -28,6 +28,7 @@ def describe_run(
         "optimizer": str(optimizer),
         "loss": str(loss),
         "privacy": json.dumps(policy.to_json(), sort_keys=True),
+        "data_set": data_set,
         "micro_batches": micro_batches,
         "seed": seed,
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from client_side.cutting import Cut
 from client_side.disk import disk_errors, write_whole
@@ -17,16 +19,16 @@ from client_side.inference import evaluation_mode
 from client_side.sampling import SeededSampler
 from privacy.tables import Records, ReleasedTable
 from wire.errors import CheckpointError, ConfigError, StateRejectedError
-from wire.state import load_state, tensor_digest
+from wire.state import load_state
 
-__all__ = ["collect", "data_set_of", "load_table", "repeats_no_record", "save_table", "table_loader"]
+__all__ = ["collect", "data_set_of", "load_table", "mixing", "repeats_no_record", "save_table", "table_loader"]
 
 _TABLE: Final = "released.safetensors"
 _BATCH: Final = 256
 
 
 def data_set_of(loader: object, *, read: bool) -> str | None:
-    """``sha256:…`` over the records that ``loader`` reads, in the data set's own order.
+    """``sha256:…`` over the records that ``loader`` reads, in the data set's own order; the batches do not matter.
 
     Args:
         loader: a ``DataLoader``.
@@ -34,27 +36,78 @@ def data_set_of(loader: object, *, read: bool) -> str | None:
 
     Returns:
         ``None`` where that cannot be told: the data set has no order, or would have to be read.
+
+    Raises:
+        ConfigError: its records are not alike, so that no digest goes without the batches.
     """
     data = getattr(loader, "dataset", None)
-    digest = hashlib.sha256()
     if isinstance(data, TensorDataset):
-        for tensor in data.tensors:
-            digest.update(tensor_digest(tensor))
+        batches: Iterable[Sequence[torch.Tensor]] = [data.tensors]
     elif read and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        for batch in _in_order(loader):
-            for tensor in batch:
-                digest.update(tensor_digest(tensor))
+        batches = _in_order(loader)
     else:
         return None
-    return f"sha256:{digest.hexdigest()}"
+    columns: dict[tuple[int, torch.dtype, torch.Size], Any] = {}
+    for batch in batches:
+        for number, tensor in enumerate(batch):
+            digest = columns.setdefault((number, tensor.dtype, tensor.shape[1:]), hashlib.sha256())
+            digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+    if len({number for number, *_ in columns}) != len(columns):
+        raise ConfigError('privacy: the records are not of one shape and dtype: name the data set (data_set = "…")')
+    whole = hashlib.sha256()
+    for (number, dtype, shape), digest in columns.items():
+        whole.update(f"{number} {dtype} {list(shape)} {digest.hexdigest()}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
 
 
 def repeats_no_record(loader: object) -> bool:
     """Whether each record comes at most once in each pass, as far as torch's own samplers say."""
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, RandomSampler):
+    batches, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    if type(batches) is not BatchSampler or batches.sampler is not sampler:  # which a batch_sampler= goes past
+        return False
+    if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
-    return isinstance(sampler, SequentialSampler | SeededSampler)
+    return type(sampler) in {SequentialSampler, SeededSampler}
+
+
+def mixing(cut: Cut, loader: object, *, training: bool) -> str:
+    """Why one record's activation, or what the front remembers, depends on other records; empty where it does not.
+
+    The first records are passed through a copy of the front twice: as they are, and with all but the first replaced.
+
+    Args:
+        cut: its front is tried, and its head looked over.
+        loader: of the records.
+        training: whether the front runs in training mode, as it does where activations are released anew.
+    """
+    mixers = [name for name, part in cut.head.named_modules() if isinstance(part, _BatchNorm)] if cut.head else []
+    if training and mixers:
+        return f"the head's {mixers[0] or 'batch-norm'} mixes the records of a batch: take GroupNorm"
+    *inputs, _ = next(iter(_in_order(loader)))
+    if len(inputs[0]) < 2:  # noqa: PLR2004 - one record mixes with none
+        return ""
+    device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
+    here = [x.to(device) for x in inputs]
+    (first, left), (other, right) = (
+        _passed(cut, made, training=training) for made in (here, [x[:1].expand_as(x).contiguous() for x in here])
+    )
+    same = all(
+        torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in zip(first, other, strict=True)
+    )
+    if same and all(torch.equal(left[name], right[name]) for name in left):
+        return ""
+    return "the front mixes the records of a batch (batch-norm?): take GroupNorm, or cloister.frozen(front)"
+
+
+def _passed(
+    cut: Cut, inputs: Sequence[torch.Tensor], *, training: bool
+) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """What a copy of the front makes of ``inputs``, and its buffers afterwards."""
+    front = copy.deepcopy(cut.front).train(training)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        smashed, _ = cut.split_outputs(front(*inputs))
+    return tuple(smashed), dict(front.named_buffers())
 
 
 def collect(cut: Cut, loader: object, units: torch.Tensor | None) -> Records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -10,11 +11,19 @@ import torch
 from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
 from client_side.passes import Loader
-from client_side.records import collect, data_set_of, load_table, repeats_no_record, save_table, table_loader
+from client_side.records import (
+    collect,
+    data_set_of,
+    load_table,
+    mixing,
+    repeats_no_record,
+    save_table,
+    table_loader,
+)
 from privacy.guard import Guard, Situation
-from privacy.policy import CLEAR
+from privacy.policy import CLEAR, Clear
 from privacy.tables import ReleasedTable
-from wire.errors import ConfigError
+from wire.errors import ConfigError, ReleaseRefusedError
 
 __all__ = ["Releases"]
 
@@ -37,6 +46,8 @@ class Releases:
         self._data_set, self._units, self._seed = data_set, units, seed
         self._claimed: Loader | None = None
         self._table: ReleasedTable | None = None
+        self._digest: str | None = None
+        self._learns = (False, False)
 
     def loader(self, loader: Loader, folder: Path | None, resumed: Checkpoint | None) -> Loader:
         """What to train on: ``loader`` itself, or the table that its records are released as.
@@ -65,23 +76,72 @@ class Releases:
                 save_table(folder, self._table)
         return table_loader(self._table, loader, self._seed)
 
+    def name_of(self, loader: object) -> str | None:
+        """What a loader's records are called in the ledger: the training data's own name, where they are those."""
+        digest = data_set_of(loader, read=False)
+        mine = loader is self._claimed or (digest is not None and digest == self._digest)
+        return self._guard.data_set if mine and self._guard.data_set is not None else digest
+
+    def planned_name(self, loader: Loader) -> str | None:
+        """What the training data will be called: a resumed run's must be the same."""
+        return self._data_set or data_set_of(loader, read=self._guard.policy != CLEAR)
+
+    def check_learning(self) -> None:
+        """Whether front and head still learn as was claimed.
+
+        Raises:
+            ReleaseRefusedError: one of them was unfrozen since.
+        """
+        if self._guard.policy != CLEAR and self._learning() != self._learns:
+            raise ReleaseRefusedError(
+                "privacy: the front or the head was frozen or unfrozen since the run began: make a new trainer"
+            )
+
+    def _learning(self) -> tuple[bool, bool]:
+        front, head = self._cut.front, self._cut.head
+        learns = [part is not None and any(p.requires_grad for p in part.parameters()) for part in (front, head)]
+        return learns[0], learns[1]
+
     def _claim(self, loader: Loader, resumed: Checkpoint | None) -> None:
         """Tells the guard what is trained on, and how."""
-        clear, known = self._guard.policy == CLEAR, self._guard.data_set
-        name = self._data_set or data_set_of(loader, read=not clear)
-        if not clear and (name is None or known not in (None, name)):
+        policy, known, digest = self._guard.policy, self._guard.data_set, data_set_of(loader, read=False)
+        name = self.planned_name(loader)
+        other = known not in (None, name) or (self._digest is not None and digest != self._digest)
+        if policy != CLEAR and (name is None or other):
             raise ConfigError(
                 "privacy: this policy goes with one data set that has a name in the ledger: give a DataLoader over a "
                 'data set that can be read in order, or say data_set = "…"; and a new trainer for other data'
             )
-        front, head = self._cut.front, self._cut.head
+        self._learns = self._learning()
+        mixes = ""
+        if policy != CLEAR and not isinstance(policy.activations, Clear):
+            mixes = mixing(self._cut, loader, training=policy.table is None)
+        members, most = self._members(loader)
         situation = Situation(
             data_set=name,
             run=self._run,
-            vanilla=head is None,
-            front_learns=any(p.requires_grad for p in front.parameters()),
-            head_learns=head is not None and any(p.requires_grad for p in head.parameters()),
+            vanilla=self._cut.head is None,
+            front_learns=self._learns[0],
+            head_learns=self._learns[1],
             once_an_epoch=repeats_no_record(loader),
-            most_of_a_unit=0 if self._units is None else max(Counter(self._units.tolist()).values(), default=0),
+            members=members,
+            most_of_a_unit=most,
+            mixes=mixes,
         )
         self._guard.begin(situation, None if resumed is None else resumed.ledger)
+        self._digest = digest
+
+    def _members(self, loader: Loader) -> tuple[int, int]:
+        """How many units there are, and how many records the largest has (0 where nobody said whose they are)."""
+        data = getattr(loader, "dataset", None)
+        count = len(data) if isinstance(data, Sized) else 0
+        if self._units is None:
+            return (count, 0) if self._guard.policy.unit == "record" else (0, 0)
+        units = self._units
+        if units.ndim != 1 or units.is_floating_point() or (count and len(units) != count):
+            raise ConfigError(
+                f"privacy.units: {str(units.dtype).removeprefix('torch.')} {list(units.shape)} for {count} records; "
+                "one integer for each of them, in the data set's order"
+            )
+        of_each = Counter(units.tolist())
+        return len(of_each), max(of_each.values(), default=0)

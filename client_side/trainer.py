@@ -24,7 +24,6 @@ from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
 from client_side.opening import DEFAULT_IDENTITY, initial_state, owner_identity
 from client_side.owned import describe_run, owner_tensors, restore_owner
 from client_side.passes import Loader, Pass, refuse_persistent_workers
-from client_side.records import data_set_of
 from client_side.releases import Releases
 from client_side.route import Route
 from client_side.sessions import Sessions
@@ -34,7 +33,7 @@ from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
 from privacy.hijack import HijackDetector
 from privacy.ledger import Ledger
-from privacy.policy import DpSgd, GaussianRows, Never, Policy, Rows
+from privacy.policy import CLEAR, DpSgd, GaussianRows, Never, Policy, Rows
 from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
@@ -237,7 +236,7 @@ class Trainer:
         Where the policy keeps inference at home, the middle is brought home for it.
         """
         total, right, rows = 0.0, 0, 0
-        self._guard.open_inference(data_set_of(loader, read=False), self._name)
+        self._guard.open_inference(self._releases.name_of(loader), self._name)
         labelled = ((tuple(inputs), labels) for *inputs, labels in loader)
         ahead, behind = itertools.tee(labelled)
         with evaluation_mode(self.cut):
@@ -289,12 +288,13 @@ class Trainer:
         state, started, late_s = self.state, time.perf_counter(), 0.0
         self._tell("on_epoch_begin", control)
         self._train_mode()
+        self._releases.check_learning()
+        if self._guard.begin_pass(state.global_step):
+            state.spent = self._guard.spent
         for *inputs, labels in self._pass.batches(
             loader, state.epoch, done=state.batch, resumed=resumed, kept=self._run is not None
         ):
             began = time.perf_counter()
-            if self._guard.step(state.epoch, state.global_step):
-                state.spent = self._guard.spent
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
             runner = self._opened(len(batch[0].labels))
@@ -354,7 +354,7 @@ class Trainer:
             self._link = self._runner = None
         run = Run(self._plan)
         try:
-            checkpoint = run.recover(self._what()) if resume else None
+            checkpoint = run.recover(self._what(loader)) if resume else None
             loader = self._released(loader, Path(self._plan.folder).expanduser(), checkpoint)
             if checkpoint is None:
                 self._pass.begin = randomness.capture(loader)
@@ -376,10 +376,17 @@ class Trainer:
         self.state.spent = self._guard.spent
         return made
 
-    def _what(self) -> dict[str, object]:
+    def _what(self, loader: Loader) -> dict[str, object]:
         policy = self._guard.policy
         return describe_run(
-            self.cut, self._optimizer, self._loss, policy, micro_batches=self._micro_batches, seed=self._seed
+            self.cut,
+            self._optimizer,
+            self._loss,
+            policy,
+            # In the clear a run may go on with other data; otherwise what was claimed was claimed for these.
+            data_set=None if policy == CLEAR else self._guard.data_set or self._releases.planned_name(loader),
+            micro_batches=self._micro_batches,
+            seed=self._seed,
         )
 
     def _here(self, loader: Loader) -> Checkpoint:
@@ -393,7 +400,7 @@ class Trainer:
             loss_sum=self._sum,
             rows=self._rows,
             log_history=list(self.state.log_history),
-            run=self._what(),
+            run=self._what(loader),
             snapshot=Snapshot(self.state.global_step, {}),
             store="",
             ledger=self._guard.position,

@@ -11,11 +11,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from typing import Final
 
 from privacy.accounting import Event, PrivacySpent, Relation, SampledGaussian, Unbounded, epsilon_of
 from privacy.ledger import Entry
 
 __all__ = ["Claim", "claim_of", "told"]
+
+
+_LARGE: Final = 700.0  # of ε: beyond it, e^ε is no float
+_ROUNDING: Final = 1 - Decimal("1e-6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +93,21 @@ def _sentence(spent: PrivacySpent) -> str:
     )
     return (
         "Whatever the nodes do with everything they received in all runs on this data set, no outcome becomes more "
-        f"than {math.exp(spent.epsilon):.3g} times as likely if {changed}, but for a probability of {spent.delta:.1g} "
-        f"((ε, δ)-differential privacy with ε = {spent.epsilon:.3g}, δ = {spent.delta:.1g}, per {spent.unit})."
+        f"than {_factor(spent.epsilon)} times as likely if {changed}, but for a probability of {_up(spent.delta)} "
+        f"((ε, δ)-differential privacy with ε = {_up(spent.epsilon)}, δ = {_up(spent.delta)}, per {spent.unit})."
     )
+
+
+def _factor(epsilon: float) -> str:
+    return _up(math.exp(epsilon)) if epsilon < _LARGE else f"e^{_up(epsilon)}"
+
+
+def _up(value: float) -> str:
+    """To three digits, never downwards; what is beyond the sixth comes from rounding."""
+    if value <= 0:
+        return "0"
+    digit = Decimal(1).scaleb(Decimal(value).adjusted() - 2)
+    return f"{float((Decimal(value) * _ROUNDING).quantize(digit, ROUND_CEILING)):.3g}"
 
 
 def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -97,6 +115,8 @@ def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
     found = [
         "the front, and the middle before training, were made without this data",
         "how many records there are, the number of classes, the model and the settings are no secret",
+        "each record is one row of this data set, and of no other of which anything left",
+        "nothing of it left by runs in the clear on data without a name, by predictions, or by loops of one's own",
         "nothing was chosen by looking at this data outside the ledger (settings tuned on it, published accuracies)",
         "noise comes from the operating system's generator, in float64 rounded to a grid (Mironov 2012), no full proof",
         "the owner's machine, its ledger and this implementation are as they should be",
@@ -107,4 +127,6 @@ def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
         found.append("that a record takes part, and in which batch, is no secret")
     if entries[0].unit != "record":
         found.append(f"the {entries[0].unit} ids say rightly which records belong together")
+        if treatments & {"rows", "gaussian", "dp_sgd"}:
+            found.append(f"how many records each {entries[0].unit} has is no secret")
     return tuple(found)

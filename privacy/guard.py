@@ -22,8 +22,19 @@ from privacy.accounting import Gaussian, PrivacySpent, Unbounded
 from privacy.claims import Claim, claim_of
 from privacy.ledger import Budget, Ledger, Position, Release
 from privacy.mechanisms import Noise, noisy_rows
-from privacy.policy import Clear, DpSgd, GaussianRows, Never, Policy, Rows, holes, treatment_name
-from privacy.tables import Records, ReleasedTable, make_table, plan_table
+from privacy.policy import (
+    Clear,
+    DpSgd,
+    GaussianRows,
+    Included,
+    Never,
+    Policy,
+    RandomizedLabels,
+    Rows,
+    holes,
+    treatment_name,
+)
+from privacy.tables import Records, ReleasedTable, check_records, make_table, plan_table
 from wire.errors import ConfigError, ReleaseRefusedError
 
 __all__ = ["Guard", "Released", "Situation", "fresh_releases"]
@@ -58,7 +69,9 @@ class Situation:
         front_learns: whether the front has parameters that train.
         head_learns: the same of the head.
         once_an_epoch: whether every record comes at most once in each epoch.
+        members: how many units there are, or records, where each is its own; 0 where that cannot be told.
         most_of_a_unit: how many records the unit with the most has; 0 where nobody said whose they are.
+        mixes: why one record's row or the front's state depends on other records; empty where they do not.
     """
 
     data_set: str | None
@@ -67,7 +80,9 @@ class Situation:
     front_learns: bool
     head_learns: bool
     once_an_epoch: bool
+    members: int = 0
     most_of_a_unit: int = 0
+    mixes: str = ""
 
 
 class Guard:
@@ -92,7 +107,6 @@ class Guard:
         self._situation: Situation | None = None
         self._table: ReleasedTable | None = None
         self._inferred: set[str] = set()
-        self._charged = 0  # epochs, of releases that are made anew in each
         self._lock = threading.Lock()
         self._sent: dict[str, int] = {}
 
@@ -167,6 +181,7 @@ class Guard:
             front_learns=situation.front_learns,
             head_learns=situation.head_learns,
         )
+        found += [situation.mixes] if situation.mixes else []
         if found and policy.claims:
             raise ReleaseRefusedError(f"privacy: no finite ε would hold, because {'; and '.join(found)}")
         self._check_units(situation)
@@ -180,6 +195,16 @@ class Guard:
     def _check_units(self, situation: Situation) -> None:
         """What is noised anew in every epoch is noised for so many records of a unit; a table bounds them itself."""
         policy, most = self.policy, situation.most_of_a_unit
+        if policy.claims and situation.members * policy.delta >= 1:
+            raise ConfigError(
+                f"privacy: delta = {policy.delta:g}, and there are {situation.members} {policy.unit}s: such a δ allows "
+                "one of them to be shown to all; take one far below 1 over their number"
+            )
+        if fresh_kinds(policy) and not situation.once_an_epoch:
+            raise ReleaseRefusedError(
+                "privacy: this loader may give a record more than once in an epoch, which is accounted for once: give "
+                "a DataLoader with shuffle=True, or with cloister.SeededSampler, and no batch_sampler"
+            )
         if policy.unit == "record" or not fresh_kinds(policy):
             return
         if not most:
@@ -200,6 +225,10 @@ class Guard:
 
     def open_inference(self, data_set: str | None, run: str) -> None:
         """Before records are evaluated or predicted through the node: they leave in the clear, or not at all."""
+        if isinstance(self.policy.inference, Clear) and self.policy.claims:
+            raise ReleaseRefusedError(
+                "privacy: no finite ε would hold, because evaluation and prediction send activations in the clear"
+            )
         if isinstance(self.policy.inference, Clear) and data_set is not None and data_set not in self._inferred:
             self._inferred.add(data_set)
             if self._ledger is not None:
@@ -218,6 +247,7 @@ class Guard:
             raise ConfigError("privacy: a table needs a ledger, and a data set that has a name in it")
         before = tuple(entry.event for entry in ledger.entries(situation.data_set))
         plan = plan_table(self.policy, self._budget(), before)
+        check_records(self.policy, plan, records)
         self._spend(plan.releases)
         self._table = make_table(self.policy, plan, records, self._noise)
         return self._table
@@ -226,15 +256,12 @@ class Guard:
         """Takes a table that this run released before it was interrupted: it costs nothing again."""
         self._table = table
 
-    def step(self, epoch: int, step: int) -> bool:
-        """Before the first byte of a step: charges what is released anew in each epoch; returns whether it did.
+    def begin_pass(self, step: int) -> bool:
+        """Before the first byte of a pass over the records: charges what it releases anew; returns whether it did.
 
-        Where the loader may repeat a record within an epoch, each step counts like one. A process that resumes an epoch
-        charges it anew, because it may draw anew.
+        A pass that goes on with an epoch, in this process or another, is charged like any: it may draw anew, and from
+        records that left before.
         """
-        if epoch < self._charged and self._begun().once_an_epoch:
-            return False
-        self._charged = epoch + 1
         releases = fresh_releases(self.policy, step=step)
         if releases:
             self._spend(releases)
@@ -292,7 +319,9 @@ class Guard:
         if table is None:
             return {}
         found = {"0": table.rows}
-        if table.labels is not None and not isinstance(self.policy.labels, Never) and self._begun().vanilla:
+        # A table's labels are as noised as its rows, unless the policy lets them leave in the clear.
+        may = isinstance(self.policy.labels, Clear | Included | RandomizedLabels)
+        if table.labels is not None and may and self._begun().vanilla:
             found["labels"] = table.labels
         return found
 

@@ -160,6 +160,7 @@ class Ledger:
         try:
             with self._transaction("checking") as connection:
                 self._check_witness(connection)
+            self.verify()
         except BaseException:
             self.close()
             raise

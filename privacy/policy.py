@@ -73,6 +73,8 @@ class Rows:
     def __post_init__(self) -> None:
         """Raises: ConfigError where a number makes no sense."""
         _positive("rows", clip=self.clip, noise=self.noise)
+        if type(self.once) is not bool:
+            raise ConfigError(f"rows: once = {self.once!r}; true or false")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +96,8 @@ class Aggregate:
     def __post_init__(self) -> None:
         """Raises: ConfigError where a number makes no sense."""
         _positive("aggregate", clip=self.clip, rate=self.rate, releases=self.releases, noise=self.noise)
-        if self.rate > 1:
-            raise ConfigError(f"aggregate: rate = {self.rate}; a probability")
+        if self.rate > 1 or type(self.releases) is not int:
+            raise ConfigError(f"aggregate: rate = {self.rate}, releases = {self.releases}; a probability, and a number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,8 @@ class Moments:
             second_weight=self.second_weight,
             rows=self.rows,
         )
+        if (self.rows is not None and type(self.rows) is not int) or type(self.per_class) is not bool:
+            raise ConfigError(f"moments: rows = {self.rows!r}, per_class = {self.per_class!r}; a number; true or false")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +189,11 @@ Part: TypeAlias = Clear | Frozen | DpSgd
 #: Treatments that release a table of rows once, from which any number of epochs are trained.
 Table: TypeAlias = Rows | Aggregate | Moments
 
+# Of all numbers but δ: what lies beyond means nothing, and overflows somewhere.
+_LEAST: Final = 1e-9
+_MOST: Final = 1e9
+_SWITCHES: Final = frozenset({"once", "per_class"})
+
 _NAMES: Final[dict[str, dict[str, type[Any]]]] = {
     "activations": {"clear": Clear, "rows": Rows, "aggregate": Aggregate, "moments": Moments},
     "labels": {"clear": Clear, "never": Never, "included": Included, "randomized_response": RandomizedLabels},
@@ -233,8 +242,14 @@ class Policy:
         if self.labels is None:
             summed = isinstance(self.activations, Aggregate | Moments)
             object.__setattr__(self, "labels", Included() if summed else Never())
-        if not self.epsilon > 0 or not 0 < self.delta < 1:
+        finite = math.isfinite(self.epsilon)
+        if not self.epsilon > 0 or not 0 < self.delta < 1 or (finite and not _LEAST <= self.epsilon <= _MOST):
             raise ConfigError(f"privacy: epsilon = {self.epsilon}, delta = {self.delta}: above 0; delta below 1")
+        if isinstance(self.labels, Included) and not isinstance(self.activations, Aggregate | Moments):
+            raise ConfigError(
+                'privacy: labels = "included", and only aggregate and moments include them: take randomized_response, '
+                "or never"
+            )
         if not self.unit or len(self.unit) > 40:  # noqa: PLR2004 - one word
             raise ConfigError('privacy: unit is a word, such as "record" or "patient"')
         if self.records_per_unit < 1 or (self.unit == "record" and self.records_per_unit > 1):
@@ -345,14 +360,14 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
 def _treatment(kind: str, value: object) -> object:
     names = _NAMES[kind]
     table = {"treatment": value} if isinstance(value, str) else value
-    if not isinstance(table, Mapping) or table.get("treatment") not in names:
+    if not isinstance(table, Mapping) or not isinstance(table.get("treatment"), str) or table["treatment"] not in names:
         raise ConfigError(f"privacy.{kind} = {value!r}: one of {', '.join(names)}, or a table with treatment = …")
     numbers = {key: item for key, item in table.items() if key != "treatment"}
     known = {field.name for field in dataclasses.fields(names[table["treatment"]])}
     if odd := numbers.keys() - known:
         raise ConfigError(f"privacy.{kind}.{min(odd)}: {table['treatment']} takes {', '.join(sorted(known)) or 'none'}")
     for key, item in numbers.items():
-        if item is not None and not isinstance(item, int | float):
+        if item is not None and (not isinstance(item, int | float) or (type(item) is bool and key not in _SWITCHES)):
             raise ConfigError(f"privacy.{kind}.{key} = {item!r}: a number")
     try:
         made: object = names[table["treatment"]](**numbers)
@@ -377,8 +392,8 @@ def _number(key: str, value: object) -> float:
 
 def _positive(treatment: str, **numbers: float | None) -> None:
     for name, value in numbers.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{treatment}: {name} = {value}; above 0")
+        if value is not None and (type(value) is bool or not _LEAST <= value <= _MOST):
+            raise ConfigError(f"{treatment}: {name} = {value}; above 0, from {_LEAST:g} to {_MOST:g}")
 
 
 #: Everything as it is: for nodes that are trusted, or attested.

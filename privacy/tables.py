@@ -39,9 +39,10 @@ from privacy.mechanisms import (
     randomize_labels,
 )
 from privacy.policy import Aggregate, Moments, Policy, RandomizedLabels, Rows
+from wire.codec import check_finite
 from wire.errors import BudgetSpentError, ConfigError
 
-__all__ = ["Records", "ReleasedTable", "TablePlan", "make_table", "plan_table"]
+__all__ = ["Records", "ReleasedTable", "TablePlan", "check_records", "make_table", "plan_table"]
 
 _LEAST_LEFT: Final = 0.01  # of a budget: with less, a release would be noise alone
 _FLOOR: Final = 0.02  # of a covariance's eigenvalues, relative to their mean: what is below is noise
@@ -114,7 +115,7 @@ def make_table(policy: Policy, plan: TablePlan, records: Records, noise: Noise |
         NonFiniteError: an activation is NaN or infinite.
     """
     noise = noise or Noise()
-    _check(policy, records)
+    check_records(policy, plan, records)
     shape = records.activations.shape[1:]
     flat = records.activations.detach().flatten(1)
     if isinstance(plan.treatment, Rows):
@@ -278,14 +279,22 @@ def _check_left(budget: Budget, spent: list[Event]) -> None:
         )
 
 
-def _check(policy: Policy, records: Records) -> None:
+def check_records(policy: Policy, plan: TablePlan, records: Records) -> None:
+    """Whether a table can be made of them: looked at before it is paid for.
+
+    Raises:
+        ConfigError, NonFiniteError: see :func:`make_table`.
+    """
+    check_finite(records.activations, "an activation")
     if policy.unit != "record" and records.units is None:
         raise ConfigError(
             f'privacy.unit = "{policy.unit}": say whose each record is (units = "module:function" in [privacy], or '
             "units=… of the Trainer); without, a claim would hold per record only"
         )
-    if records.units is not None and records.units.shape != records.labels.shape:
-        raise ConfigError(f"{len(records.units)} unit ids for {len(records.labels)} records")
+    if records.units is not None and (
+        records.units.shape != records.labels.shape[:1] or records.units.is_floating_point()
+    ):
+        raise ConfigError(f"privacy.units: {tuple(records.units.shape)} unit ids for {len(records.labels)} records")
     treated = isinstance(policy.activations, Aggregate | Moments) or isinstance(policy.labels, RandomizedLabels)
     if treated and (
         records.labels.ndim != 1
@@ -294,6 +303,19 @@ def _check(policy: Policy, records: Records) -> None:
         or int(records.labels.max()) >= (policy.classes or 0)
     ):
         raise ConfigError(f"privacy: this treatment takes labels from 0 to {(policy.classes or 0) - 1}, one a record")
+    if isinstance(plan.treatment, Moments):
+        _check_moments(plan.treatment, records)
+
+
+def _check_moments(plan: Moments, records: Records) -> None:
+    longest = float(records.activations.detach().flatten(1).norm(dim=1).max())
+    if longest > 1.001:  # noqa: PLR2004 - rounding ends below
+        raise ConfigError(
+            f"moments: the front's activations have norms up to {longest:.3g}, and this treatment takes at most 1: end "
+            "the front with cloister.UnitRows(), so that training and inference see the same"
+        )
+    if plan.rows is None and records.units is not None:
+        raise ConfigError("moments: say how many rows to sample (rows = 20000): the number of records tells of a unit")
 
 
 def _rows(policy: Policy, rows: Rows, records: Records, noise: Noise) -> ReleasedTable:
@@ -330,18 +352,15 @@ def _sums(policy: Policy, plan: Aggregate, flat: Tensor, records: Records, noise
     for _ in range(plan.releases):
         joins = (noise.uniform((members,)) < plan.rate)[who]
         sums = noisy_sums(rows[joins], records.labels[joins], classes=classes, clip=plan.clip, sigma=sigma, noise=noise)
-        made.append(sums / expected)
-    return torch.cat(made).to(torch.float32), torch.arange(classes).repeat(plan.releases)
+        made.append(sums)
+    table = torch.cat(made)
+    # Where a neighbour has one record more, how many there are is a secret: the rows' own length must do.
+    scale = expected if policy.relation is Relation.REPLACE_ONE else float(table.norm(dim=1).mean()) / plan.clip
+    return (table / scale).to(torch.float32), torch.arange(classes).repeat(plan.releases)
 
 
 def _sampled(policy: Policy, plan: Moments, flat: Tensor, records: Records, noise: Noise) -> tuple[Tensor, Tensor]:
     weights = None if records.units is None else unit_weights(records.units)
-    longest = float(flat.norm(dim=1).max())
-    if longest > 1.001:  # noqa: PLR2004 - rounding ends below
-        raise ConfigError(
-            f"moments: the front's activations have norms up to {longest:.3g}, and this treatment takes at most 1: end "
-            "the front with cloister.UnitRows(), so that training and inference see the same"
-        )
     found = noisy_moments(
         clip_rows(flat, 1.0),
         records.labels,
@@ -353,8 +372,6 @@ def _sampled(policy: Policy, plan: Moments, flat: Tensor, records: Records, nois
         sigma=plan.noise or 0.0,
         noise=noise,
     )
-    if plan.rows is None and weights is not None:
-        raise ConfigError("moments: say how many rows to sample (rows = 20000): the number of records tells of a unit")
     # How many records there are is no secret where a neighbour replaces one; otherwise the noisy count must do.
     counted = len(flat) if policy.relation is Relation.REPLACE_ONE else max(1, round(float(found.counts.sum())))
     return sample_rows(found, plan.rows or counted, noise, sigma=plan.noise or 0.0, second_weight=plan.second_weight)

@@ -291,7 +291,7 @@ def _fresh_policy(world: World) -> Policy:
 def _rows_fresh(world: World) -> Floats:
     guard, outputs = world.guard(_fresh_policy(world)), []
     for epoch in (0, 1):
-        guard.step(epoch, epoch)
+        guard.begin_pass(epoch)
         outputs.append(guard.activations([world.records(epoch, 4)])[0].tensor)
     return _diagonal(world, outputs)
 
@@ -301,7 +301,7 @@ def _gradients(world: World) -> Floats:
     guard, outputs = world.guard(_fresh_policy(world)), []
     sizes = [math.prod(shape) for shape in _GRADIENT_SHAPES]
     for epoch in (0, 1):
-        guard.step(epoch, epoch)
+        guard.begin_pass(epoch)
         parts = world.records(epoch, sum(sizes)).split_with_sizes(sizes, dim=1)
         given = [part.reshape(-1, *shape) for part, shape in zip(parts, _GRADIENT_SHAPES, strict=True)]
         released = [found.tensor.flatten(1) for found in guard.gradients(given) if found is not None]
@@ -316,7 +316,7 @@ def _front(world: World) -> Floats:
     assert isinstance(policy.front, DpSgd)
     private, outputs = DpGradients(front, policy.front, "front"), []
     for epoch in (0, 1):
-        guard.step(epoch, epoch)
+        guard.begin_pass(epoch)
         canaries = world.records(epoch, 1).split(_CANARIES)
         outputs.append(torch.cat([_one_step(front, private, some) for some in canaries]))
     return _diagonal(world, outputs)

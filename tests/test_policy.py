@@ -177,18 +177,14 @@ def test_wrong_claim_4_a_run_is_billed_by_all_of_its_epochs(ledger: Ledger) -> N
     )
     guard = Guard(policy, ledger)
     guard.begin(situation(vanilla=False))
-    charged = [guard.step(epoch, step) for step, epoch in enumerate((0, 0, 1, 1, 2))]
-
-    assert charged == [True, False, True, False, True]
+    assert [guard.begin_pass(step) for step in (0, 12, 24)] == [True, True, True]
     expected = epsilon_of([r.event for r in fresh_releases(policy, epochs=3)], policy.delta, policy.relation)
     assert ledger.spent("data", delta=policy.delta).epsilon == pytest.approx(expected)
 
 
-def test_wrong_claim_4_a_loader_that_repeats_records_is_billed_by_the_step(ledger: Ledger) -> None:
-    guard = Guard(ANEW, ledger)
-    guard.begin(situation(vanilla=False, once_an_epoch=False))
-
-    assert [guard.step(0, step) for step in range(3)] == [True, True, True]
+def test_wrong_claim_4_a_loader_that_may_repeat_records_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(ReleaseRefusedError, match="more than once in an epoch"):
+        Guard(ANEW, ledger).begin(situation(vanilla=False, once_an_epoch=False))
 
 
 @pytest.mark.parametrize("gradients", [Clear(), Included()])
@@ -232,7 +228,7 @@ def test_wrong_claim_6_a_process_that_draws_anew_pays_anew(ledger: Ledger) -> No
     for _ in range(2):  # the same epoch, in two processes
         guard = Guard(ANEW, ledger)
         guard.begin(situation(vanilla=False))
-        guard.step(0, 5)
+        guard.begin_pass(5)
 
     assert len(ledger.entries()) == 4
 
@@ -243,6 +239,8 @@ def test_wrong_claim_7_a_patient_is_no_record(ledger: Ledger) -> None:
     guard.begin(situation())
     with pytest.raises(ConfigError, match="say whose each record is"):
         guard.table(Records(torch.randn(20, 3), torch.arange(20) % 10))
+    assert ledger.entries() == []  # what is refused is not paid for
+    guard.table(Records(torch.randn(20, 3), torch.arange(20) % 10, torch.arange(20) // 2))
     by_record = Guard(Policy(activations=ROWS, labels=RandomizedLabels(epsilon=0.1), **SAFE), ledger)
     by_record.begin(situation())
     with pytest.raises(LedgerError, match="accounted per patient"):
