@@ -120,7 +120,8 @@ class Rowwise(Dataset[tuple[torch.Tensor, ...]]):
         return len(DATA)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        return DATA[index]
+        made: tuple[torch.Tensor, ...] = DATA[index]
+        return made
 
 
 def test_T11_a_data_set_has_one_name_however_it_is_read() -> None:
