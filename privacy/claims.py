@@ -115,7 +115,7 @@ def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
     found = [
         "the front, and the middle before training, were made without this data",
         "how many records there are, the number of classes, the model and the settings are no secret",
-        "each record is one row of this data set, and of no other of which anything left",
+        "each record is one row of this data set, and of no other (nor of this one by another name) that was released",
         "nothing of it left by runs in the clear on data without a name, by predictions, or by loops of one's own",
         "nothing was chosen by looking at this data outside the ledger (settings tuned on it, published accuracies)",
         "noise comes from the operating system's generator, in float64 rounded to a grid (Mironov 2012), no full proof",

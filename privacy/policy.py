@@ -302,7 +302,9 @@ class Policy:
             elif type(value) is {"unit": str, "classes": int, "records_per_unit": int}.get(key):
                 given[key] = value
             else:
-                raise ConfigError(f"privacy.{key} is no such key, or not a {key}; see docs/reference/job-file.md")
+                raise ConfigError(
+                    f"privacy.{key} = {value!r}: no such key, or no such value; see docs/reference/job-file.md"
+                )
         if "activations" not in given:
             raise ConfigError(
                 'privacy.activations is missing: write "moments", "aggregate" or "rows"; "clear" lets them leave as '

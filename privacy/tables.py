@@ -294,7 +294,10 @@ def check_records(policy: Policy, plan: TablePlan, records: Records) -> None:
     if records.units is not None and (
         records.units.shape != records.labels.shape[:1] or records.units.is_floating_point()
     ):
-        raise ConfigError(f"privacy.units: {tuple(records.units.shape)} unit ids for {len(records.labels)} records")
+        raise ConfigError(
+            f"privacy.units: {list(records.units.shape)} unit ids for {len(records.labels)} records; one integer for "
+            "each of them, in the data set's order"
+        )
     treated = isinstance(policy.activations, Aggregate | Moments) or isinstance(policy.labels, RandomizedLabels)
     if treated and (
         records.labels.ndim != 1
@@ -302,7 +305,11 @@ def check_records(policy: Policy, plan: TablePlan, records: Records) -> None:
         or not int(records.labels.min()) >= 0
         or int(records.labels.max()) >= (policy.classes or 0)
     ):
-        raise ConfigError(f"privacy: this treatment takes labels from 0 to {(policy.classes or 0) - 1}, one a record")
+        raise ConfigError(
+            f"privacy: this treatment takes labels from 0 to {(policy.classes or 0) - 1} (classes = {policy.classes}) "
+            f"as int64, one a record; these are {str(records.labels.dtype).removeprefix('torch.')} "
+            f"{list(records.labels.shape)}, up to {float(records.labels.max()):g}"
+        )
     if isinstance(plan.treatment, Moments):
         _check_moments(plan.treatment, records)
 

@@ -19,13 +19,14 @@ from privacy.policy import CLEAR, Moments, Policy
 from privacy.tables import Records
 
 FACTORIES = """
+import cloister
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
 def model(frozen=True):
-    front = nn.Linear(6, 4).requires_grad_(not frozen)
+    front = nn.Sequential(nn.Linear(6, 4), cloister.UnitRows()).requires_grad_(not frozen)
     return nn.Sequential(front, nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3).requires_grad_(False))
 
 
@@ -37,6 +38,10 @@ def loader():
 
 def patients():
     return torch.arange(60) // 6
+
+
+def few():
+    return torch.arange(59)
 """
 JOB = """
 [model]
@@ -64,7 +69,6 @@ pin = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
 [privacy]
 ledger = "sqlite:///ledger.sqlite"
 data_set = "sixty"
-classes = 3
 {privacy}
 
 [output]
@@ -91,7 +95,12 @@ def ran(*arguments: str) -> Result:
 
 def planned(privacy: str, *, head: str = "", epochs: int = 1, frozen: str = "true") -> tuple[int, dict[str, Any]]:
     """The exit code of ``privacy plan`` on that policy, and what it told."""
-    text = JOB.format(privacy=privacy, head=head and f'head = "{head}"', epochs=epochs, frozen=frozen)
+    text = JOB.format(
+        privacy=privacy if "classes" in privacy else f"classes = 3\n{privacy}",
+        head=head and f'head = "{head}"',
+        epochs=epochs,
+        frozen=frozen,
+    )
     Path("job.toml").write_text(text, encoding="utf-8")
     result = ran("plan", "job.toml", "--format", "json")
     return result.exit_code, json.loads(result.stdout) if result.stdout.startswith("{") else {"said": result.output}
@@ -174,6 +183,23 @@ def test_wrong_claim_7_a_patient_is_no_record() -> None:
 
     assert code == ExitCode.CONFIG
     assert "say whose each record is" in found["said"]
+
+
+def test_a_plan_refuses_what_training_would_refuse() -> None:
+    privacy = 'activations = { treatment = "moments", rows = 60 }\nepsilon = 1.0\n'
+    few, found = planned(privacy + 'unit = "patient"\nunits = "factories:few"')
+    classes, said = planned(privacy.replace("epsilon", "classes = 2\nepsilon"))
+
+    assert (few, classes) == (ExitCode.CONFIG, ExitCode.CONFIG)
+    assert "one integer for each" in found["said"]
+    assert "labels from 0 to 1" in said["said"]
+
+
+def test_a_status_of_nobody_is_no_clearance() -> None:
+    found = ran("status", "--data-set", "typo", "--ledger", "sqlite:///ledger.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert "knows no data set typo" in found.output
 
 
 def test_wrong_claim_8_data_that_left_in_the_clear_stays_without_a_claim() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from client_side.records import data_set_of
+from client_side.records import collect, data_set_of
 from cloister.assembly import cut_model, first_inputs, make_loader, make_model, units_of
 from cloister.exits import ExitCode
 from cloister.joboptions import JobArgument, SetOption, job_from
@@ -22,7 +22,7 @@ from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
 from privacy.ledger import Budget, Entry, Ledger, Release
 from privacy.policy import Aggregate, Moments, Policy, holes
-from privacy.tables import plan_table
+from privacy.tables import check_records, plan_table
 from wire.errors import ConfigError
 
 __all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
@@ -153,7 +153,11 @@ def status(
     Example: [bold]cloister privacy status --epsilon 4[/]
     """
     book = Ledger(ledger)
-    names = book.data_sets() if data_set is None else [data_set]
+    names = book.data_sets()
+    if data_set is not None:
+        if data_set not in names:
+            raise _unknown(book, data_set)
+        names = [data_set]
     lines = [_status(book.entries(name), name, epsilon, delta, relation) for name in names]
     if not lines and fmt is Format.TABLE:
         typer.echo(f"nothing was released yet (ledger {book.name})", err=True)
@@ -182,7 +186,7 @@ def history(
     book.verify()
     entries = book.entries(data_set)
     if not entries:
-        raise ConfigError(f"the ledger {book.name} knows no data set {data_set}; `cloister privacy status` shows all")
+        raise _unknown(book, data_set)
     totals = [epsilon_of([e.event for e in entries[: n + 1]], delta, relation) for n in range(len(entries))]
     print_rows([_history(entry, total) for entry, total in zip(entries, totals, strict=True)], fmt)
     if plot is not None:
@@ -199,8 +203,8 @@ def plan(
 ) -> None:
     """Show what a job would spend, and how much noise that means, before anything leaves.
 
-    Reads the data to name it, makes the model to count what crosses the cut; asks no node. Exits with 8 where an ε is
-    asked for that would not hold, or is not there to spend.
+    Reads the data to name and check it, makes the model to count what crosses the cut; asks no node. Exits with 8 where
+    an ε is asked for that would not hold, or is not there to spend.
 
     Example: [bold]cloister privacy plan job.toml --set privacy.epsilon=1.0[/]
     """
@@ -221,6 +225,10 @@ def _print(found: Plan) -> None:
         print_rows(found.releases, fmt)
     for hole in found.holes:
         typer.echo(f"no finite ε: {hole}")
+
+
+def _unknown(book: Ledger, data_set: str) -> ConfigError:
+    return ConfigError(f"the ledger {book.name} knows no data set {data_set}: `cloister privacy status` shows all")
 
 
 def planned(job: Job) -> Plan:
@@ -249,6 +257,8 @@ def planned(job: Job) -> Plan:
         head_learns=made.head is not None and any(p.requires_grad for p in made.head.parameters()),
     )
     releases = _releases(policy, before, job.train.epochs)
+    if policy.table is not None and not gaps:  # what training would refuse is refused now
+        check_records(policy, plan_table(policy, _budget(policy), tuple(before)), collect(made, loader, whose))
     after = math.inf if gaps else epsilon_of([*before, *(r.event for r in releases)], policy.delta, policy.relation)
     return Plan(
         data_set=name,
@@ -267,9 +277,12 @@ def planned(job: Job) -> Plan:
 
 
 def _releases(policy: Policy, before: Sequence[Event], epochs: int) -> list[Release]:
-    budget = Budget(policy.epsilon, policy.delta, policy.relation)
-    found = () if policy.table is None else plan_table(policy, budget, tuple(before)).releases
+    found = () if policy.table is None else plan_table(policy, _budget(policy), tuple(before)).releases
     return [*found, *fresh_releases(policy, epochs=epochs)]
+
+
+def _budget(policy: Policy) -> Budget:
+    return Budget(policy.epsilon, policy.delta, policy.relation)
 
 
 def _plan_line(release: Release, policy: Policy, units: int, width: int) -> PlanLine:
