@@ -155,7 +155,7 @@ def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Ru
     assert result["test_accuracy"] > 0.9
     assert json.loads((trained.folder / "result.json").read_text()) == result
     names = {path.name for path in trained.folder.iterdir()}
-    assert names == {"model.safetensors", "job.json", "metrics.jsonl", "result.json", "state"}
+    assert names == {"model.safetensors", "model-card.md", "job.json", "metrics.jsonl", "result.json", "state"}
 
 
 def test_the_model_equals_unsplit_training_to_the_bit(trained: Run) -> None:
