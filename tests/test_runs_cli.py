@@ -82,6 +82,7 @@ def interrupted(node: cloister.LocalNode, folder: Path, number: signal.Signals, 
     return started.returncode, said.decode()
 
 
+@pytest.mark.timeout(240)  # six commands, each of which loads torch
 def test_T07_a_killed_run_that_is_resumed_is_the_undisturbed_one_to_the_bit(
     node: cloister.LocalNode, undisturbed: Path, tmp_path: Path
 ) -> None:

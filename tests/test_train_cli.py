@@ -423,6 +423,7 @@ def test_predict_says_why_an_input_does_not_fit(
     assert not (tmp_path / "y.npy").exists()
 
 
+@pytest.mark.timeout(240)  # five commands, each of which loads torch
 def test_the_how_to_does_what_it_says(node: cloister.LocalNode, tmp_path: Path) -> None:
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", HOW_TO.read_text(), flags=re.MULTILINE | re.DOTALL)
     for language, text in blocks:
@@ -442,7 +443,7 @@ def test_the_how_to_does_what_it_says(node: cloister.LocalNode, tmp_path: Path) 
         env=environment(NODE=node.address, PATH=path),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=220,
         check=False,
     )
 
