@@ -10,6 +10,7 @@ from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
 from client_side.passes import Loader
 from client_side.records import collect, data_set_of, load_table, repeats_no_record, save_table, table_loader
+from client_side.sampling import PoissonLoader
 from privacy.guard import Guard, Situation
 from privacy.policy import CLEAR
 from privacy.tables import ReleasedTable
@@ -81,5 +82,6 @@ class Releases:
             front_learns=any(p.requires_grad for p in front.parameters()),
             head_learns=head is not None and any(p.requires_grad for p in head.parameters()),
             once_an_epoch=repeats_no_record(loader),
+            sampling_rate=loader.rate if isinstance(loader, PoissonLoader) else None,
         )
         self._guard.begin(situation, None if resumed is None else resumed.ledger)

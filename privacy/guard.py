@@ -10,19 +10,22 @@ The laws: what a run sends is what its guard released, byte for byte; and the le
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from privacy.accounting import Gaussian, PrivacySpent, Unbounded
+from privacy.accounting import Gaussian, PrivacySpent, SampledGaussian, Unbounded
+from privacy.ckks.workers import Encrypted
 from privacy.claims import Claim, claim_of
+from privacy.dp_sgd import DpGradients
 from privacy.ledger import Budget, Ledger, Position, Release
 from privacy.mechanisms import Noise, noisy_rows
-from privacy.policy import Clear, DpSgd, GaussianRows, Never, Policy, Rows, holes, treatment_name
+from privacy.policy import Ckks, Clear, DpSgd, GaussianRows, Never, Policy, Rows, holes, treatment_name
 from privacy.tables import Records, ReleasedTable, make_table, plan_table
 from wire.errors import ConfigError, ReleaseRefusedError
 
@@ -58,6 +61,8 @@ class Situation:
         front_learns: whether the front has parameters that train.
         head_learns: the same of the head.
         once_an_epoch: whether every record comes at most once in each epoch.
+        sampling_rate: with which each record joins each batch, independently of all others and known to nobody else;
+            ``None`` where batches are drawn otherwise.
     """
 
     data_set: str | None
@@ -66,6 +71,7 @@ class Situation:
     front_learns: bool
     head_learns: bool
     once_an_epoch: bool
+    sampling_rate: float | None = None
 
 
 class Guard:
@@ -91,6 +97,7 @@ class Guard:
         self._table: ReleasedTable | None = None
         self._inferred: set[str] = set()
         self._charged = 0  # epochs, of releases that are made anew in each
+        self._due = False  # an update under encryption, paid for and not yet released
         self._lock = threading.Lock()
         self._sent: dict[str, int] = {}
 
@@ -165,6 +172,11 @@ class Guard:
             front_learns=situation.front_learns,
             head_learns=situation.head_learns,
         )
+        if isinstance(policy.activations, Ckks):
+            if situation.vanilla:
+                raise ReleaseRefusedError("privacy: ckks keeps the loss here: give the cut a head (nn.Identity() will do)")
+            if policy.activations.noise is not None and situation.sampling_rate is None:
+                found.append("ckks with noise counts secret Poisson samples: give a cloister.PoissonLoader")
         if found and policy.claims:
             raise ReleaseRefusedError(f"privacy: no finite ε would hold, because {'; and '.join(found)}")
         if known is not None and self._ledger is not None:
@@ -213,6 +225,8 @@ class Guard:
         Where the loader may repeat a record within an epoch, each step counts like one. A process that resumes an epoch
         charges it anew, because it may draw anew.
         """
+        if isinstance(self.policy.activations, Ckks):
+            return self._charge_update(self.policy.activations, step)
         if epoch < self._charged and self._begun().once_an_epoch:
             return False
         self._charged = epoch + 1
@@ -229,6 +243,47 @@ class Guard:
         if isinstance(treatment, Rows) and not treatment.once:
             return self._out("activations", self._noised(tensors, treatment.clip, treatment.noise))
         raise ReleaseRefusedError("privacy: with this policy, activations leave in a table, once, or not at all")
+
+    def _charge_update(self, treatment: Ckks, step: int) -> bool:
+        """Writes down one noised update, before anything of its step leaves."""
+        rate = self._begun().sampling_rate
+        self._due = True
+        if treatment.noise is None or rate is None:
+            return False  # written down as unbounded when the run began
+        event = SampledGaussian(rate=rate, noise_multiplier=treatment.noise, steps=1)
+        self._spend([Release(kind="update", treatment="ckks", event=event, step=step)])
+        return True
+
+    def encrypted(self, ciphertexts: Encrypted) -> tuple[Released, Released]:
+        """Ciphertexts under a key that never leaves: their seeds and their words, uint8."""
+        if not isinstance(self.policy.activations, Ckks):
+            raise ReleaseRefusedError("privacy: this policy encrypts nothing")
+        seeds, words = self._out(
+            "ciphertexts", [torch.from_numpy(ciphertexts.seeds.copy()), torch.from_numpy(ciphertexts.words.copy())]
+        )
+        return seeds, words
+
+    def update(self, gradients: DpGradients | None, rows: int, parameters: Sequence[nn.Parameter]) -> list[Released]:
+        """The gradients of an encrypted layer's ``parameters``, once a step.
+
+        Args:
+            gradients: gathered over everything that learns; ``None`` where the policy has no noise.
+            rows: by which the sum is divided: of the batch, or as many as are expected in it.
+            parameters: of the layer.
+
+        Raises:
+            ReleaseRefusedError: nothing was charged for it, or they are not what the policy names.
+        """
+        treatment = self.policy.activations
+        if not isinstance(treatment, Ckks) or not self._due or (treatment.noise is None) != (gradients is None):
+            raise ReleaseRefusedError("privacy: an update of an encrypted layer leaves once a step, as the policy says")
+        if gradients is not None:
+            if gradients.treatment != DpSgd(clip=treatment.gradient_clip, noise=treatment.noise or math.nan):
+                raise ReleaseRefusedError("privacy: the update was clipped or noised otherwise than the policy says")
+            gradients.finish(rows)
+        self._due = False
+        made = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]
+        return list(self._out("update", made))
 
     def rows(self, indices: Tensor) -> Released:
         """Names rows of the released table, which the node keeps."""

@@ -23,10 +23,22 @@ import numpy.typing as npt
 from wire.ciphertexts import Scheme
 from wire.errors import ConfigError, TamperingSuspectedError
 
-__all__ = ["TAIL", "LayerBound", "block_rows_for", "check_results", "pack_rows", "unpack_rows"]
+__all__ = [
+    "PROBES",
+    "TAIL",
+    "LayerBound",
+    "block_rows_for",
+    "check_probes",
+    "check_products",
+    "check_results",
+    "pack_rows",
+    "probes",
+    "unpack_rows",
+]
 
 #: Beyond so many standard deviations a Gaussian goes once in 10¹¹ draws.
 TAIL: Final = 7.0
+PROBES: Final = 8  # rows; a result that is changed in any of them is found out
 _SIGMA: Final = 3.25  # of a coefficient: SEAL's √(21/2), and 1/12 of the encoding
 _LEAST_BLOCK: Final = 2  # rows: a complex slot holds two
 
@@ -94,18 +106,14 @@ def unpack_rows(slots_CS: npt.NDArray[np.complex128], block_rows: int) -> _Array
     return np.ascontiguousarray(np.concatenate([summed.real, summed.imag], axis=1).T)
 
 
-def check_results(
-    results_RO: _Array, rows: int, *, most: float, tolerance: float, expected: _Array | None, checked: int
-) -> None:
+def check_results(results_RO: _Array, rows: int, *, most: float, tolerance: float) -> None:
     """Refuses results that no honest node returns; what they are is told to nobody.
 
     Args:
         results_RO: all that was decrypted, float64 [block_rows, O].
-        rows: of the batch; those after them held zeros.
+        rows: that were sent; those after them held zeros.
         most: what no result exceeds.
-        tolerance: of a result against what it should be.
-        expected: float64 [B, O]: the results, computed in the clear.
-        checked: of those, as many rows as are compared, drawn anew for each call.
+        tolerance: of a result that should be zero.
 
     Raises:
         TamperingSuspectedError: saying which test failed, and no number.
@@ -114,8 +122,33 @@ def check_results(
         raise TamperingSuspectedError("the node returned ciphertexts of numbers larger than any that it was asked for")
     if (np.abs(results_RO[rows:]) > tolerance).any():
         raise TamperingSuspectedError("the node returned ciphertexts that are not zero where nothing was sent")
-    if expected is None:
-        return
-    drawn = [secrets.randbelow(rows) for _ in range(checked)]
-    if (np.abs(results_RO[drawn] - expected[drawn]) > tolerance).any():
+
+
+def check_products(results_RO: _Array, rows_BF: _Array, matrix_FO: _Array, *, tolerance: float, checked: int) -> None:
+    """Computes some rows in the clear, drawn anew for each call, and compares.
+
+    Raises:
+        TamperingSuspectedError: they differ by more than ``tolerance``.
+    """
+    drawn = [secrets.randbelow(len(rows_BF)) for _ in range(min(checked, len(rows_BF)))]
+    if (np.abs(results_RO[drawn] - rows_BF[drawn] @ matrix_FO) > tolerance).any():
         raise TamperingSuspectedError("the node returned other products than those of its own weights")
+
+
+def probes(rows: int) -> _Array:
+    """Secret combinations of a batch's rows, no longer than the longest of them; float64 [PROBES, rows]."""
+    signs = np.frombuffer(secrets.token_bytes(PROBES * rows), dtype=np.uint8).reshape(PROBES, rows) & 1
+    return (2.0 * signs - 1.0) / rows
+
+
+def check_probes(results_RO: _Array, probes_PB: _Array, *, tolerance: float) -> None:
+    """Compares the results of probes, which follow the batch's rows, with the same combinations of its results.
+
+    For layers whose weights stay with the node: whatever it computes must be one linear map of all rows.
+
+    Raises:
+        TamperingSuspectedError: they differ by more than twice ``tolerance``.
+    """
+    count, rows = probes_PB.shape
+    if (np.abs(results_RO[rows : rows + count] - probes_PB @ results_RO[:rows]) > 2 * tolerance).any():
+        raise TamperingSuspectedError("the node returned what no one layer makes of all rows")

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import tenseal.sealapi as seal
 import zstandard
 
+from privacy.ckks.pipes import SECRET_BYTES
 from wire.ciphertexts import SEED_BYTES, Ring, Words
 
-__all__ = ["SECRET_BYTES", "Key"]
+__all__ = ["Key"]
 
-SECRET_BYTES: Final = 64
 # A saved ciphertext, uncompressed: parms_id, NTT form, sizes, scale, correction factor; then an array with a header.
 _SCALE_AT: Final = 57
 _PREFIX: Final = 97

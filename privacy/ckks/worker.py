@@ -7,31 +7,16 @@ parent's end of the pipe.
 from __future__ import annotations
 
 import os
-import struct
 import sys
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 
-from privacy.ckks.seal import SECRET_BYTES, Key
+from privacy.ckks.pipes import ANSWER, ENCRYPT, REQUEST, read_exactly
+from privacy.ckks.seal import Key
 from wire.ciphertexts import RINGS, pack
 
-__all__ = ["ANSWER", "DECRYPT", "ENCRYPT", "REQUEST", "main", "read_exactly"]
-
-ENCRYPT: Final = 1
-DECRYPT: Final = 2
-#: What to do, the ring's number, how many ciphertexts, the scale, and the step's secret; then the array.
-REQUEST: Final = struct.Struct(f"<BBId{SECRET_BYTES}s")
-#: Whether it was done, and the bytes that follow: the result, or what went wrong.
-ANSWER: Final = struct.Struct("<?Q")
-
-
-def read_exactly(stream: BinaryIO, size: int) -> bytes:
-    """Raises: EOFError where the other side is gone."""
-    data = stream.read(size)
-    if len(data) != size:
-        raise EOFError
-    return data
+__all__ = ["main"]
 
 
 def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes:

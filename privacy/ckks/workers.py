@@ -14,14 +14,13 @@ from typing import BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
-from privacy.ckks.worker import ANSWER, DECRYPT, ENCRYPT, REQUEST, read_exactly
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, REQUEST, SECRET_BYTES, read_exactly
 from wire.ciphertexts import RINGS, SEED_BYTES, Ciphertexts, Ring
 from wire.errors import EncryptionError
 
 __all__ = ["CipherWorkers", "Encrypted", "StepKey"]
 
 _MOST_WORKERS: Final = 8  # beyond, a step of some hundred ciphertexts is not worth the processes
-_SECRET_BYTES: Final = 64
 _GOODBYE_S: Final = 5.0
 
 
@@ -29,7 +28,7 @@ _GOODBYE_S: Final = 5.0
 class StepKey:
     """The secret that one step's key is made of. It is never written down, and never used for another step."""
 
-    secret: bytes = field(repr=False, default_factory=lambda: secrets.token_bytes(_SECRET_BYTES))
+    secret: bytes = field(repr=False, default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
