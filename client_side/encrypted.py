@@ -48,7 +48,13 @@ from protos import node_pb2
 from wire.affine import affine_map, bias_names, check_affine
 from wire.ciphertexts import Scheme, decode
 from wire.codec import MAX_TENSOR_BYTES
-from wire.errors import ConfigError, LimitExceededError, MessageRejectedError, SpecRejectedError, TamperingSuspectedError
+from wire.errors import (
+    ConfigError,
+    LimitExceededError,
+    MessageRejectedError,
+    SpecRejectedError,
+    TamperingSuspectedError,
+)
 from wire.interpreter import output_shapes
 from wire.optimizers import PartOptimizer
 from wire.recipe import Loss, own_streams, seed_stream
@@ -86,9 +92,7 @@ class EncryptedPart:
             ConfigError: something else crosses than one tensor, or the middle is not one linear layer.
         """
         if cut.crossing != 1 or cut.head is None:
-            raise ConfigError(
-                "privacy: ckks takes a cut with a head (nn.Identity() will do), that one tensor crosses"
-            )
+            raise ConfigError("privacy: ckks takes a cut with a head (nn.Identity() will do), that one tensor crosses")
         try:
             self.features, self.outputs = check_affine(cut.program)
         except (SpecRejectedError, LimitExceededError) as error:
@@ -131,9 +135,7 @@ class EncryptedPart:
             MessageRejectedError: other tensors than the program has.
         """
         biases, named = bias_names(self._cut.program), dict(self.layer.named_parameters())
-        wanted = [
-            named[s.name] for s in self._cut.program.state if self.treatment.send_weights or s.name in biases
-        ]
+        wanted = [named[s.name] for s in self._cut.program.state if self.treatment.send_weights or s.name in biases]
         made = [(t.dtype, t.shape) for t in told if t is not None]
         if made != [(p.dtype, p.shape) for p in wanted]:
             raise MessageRejectedError(f"the node told parameters {made}; the layer's are others")
@@ -164,9 +166,9 @@ class EncryptedRunner:
         cut: Cut,
         link: SessionLink,
         guard: Guard,
+        *,
         loss: Loss,
         optimizers: Sequence[PartOptimizer],
-        *,
         capacity: int,
         expected: int | None,
         seed: int,
@@ -330,9 +332,7 @@ class EncryptedRunner:
             most = min(scheme.largest_result, norm * scheme.row_norm) + bound.total
             check_results(results_RO, len(sent_BF), most=most, tolerance=bound.total)
             if probes_PB is None:
-                check_products(
-                    results_RO, rows_BF, matrix_FO, tolerance=bound.total, checked=part.treatment.check_rows
-                )
+                check_products(results_RO, rows_BF, matrix_FO, tolerance=bound.total, checked=part.treatment.check_rows)
             else:
                 check_probes(results_RO, probes_PB, tolerance=bound.total)
         except TamperingSuspectedError:
@@ -361,4 +361,3 @@ class EncryptedRunner:
         )
         slots = self._part.workers.decrypt(key, came, scheme.result_scale)
         return unpack_rows(slots, self._block)
-

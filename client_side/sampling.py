@@ -61,8 +61,8 @@ class PoissonLoader:
     """Batches that each record joins by itself, with the same probability, and nobody can tell which did.
 
     What differential privacy by sampling rests on. The draws come from the operating system's generator, never from a
-    seed, so that a run that is resumed draws anew (and pays anew); the number of batches in a pass is fixed, their sizes
-    vary.
+    seed, so that a run that is resumed draws anew (and pays anew); the number of batches in a pass is fixed, and their
+    sizes vary.
 
     Example::
 

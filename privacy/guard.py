@@ -174,7 +174,9 @@ class Guard:
         )
         if isinstance(policy.activations, Ckks):
             if situation.vanilla:
-                raise ReleaseRefusedError("privacy: ckks keeps the loss here: give the cut a head (nn.Identity() will do)")
+                raise ReleaseRefusedError(
+                    "privacy: ckks keeps the loss here: give the cut a head (nn.Identity() will do)"
+                )
             if policy.activations.noise is not None and situation.sampling_rate is None:
                 found.append("ckks with noise counts secret Poisson samples: give a cloister.PoissonLoader")
         if found and policy.claims:

@@ -353,13 +353,7 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
     """
     found = []
     if isinstance(policy.activations, Ckks):
-        if policy.activations.noise is None:
-            found.append("the encrypted layer's gradients leave without noise: give ckks a noise")
-        if policy.unit != "record":
-            found.append('ckks draws samples of records, which says nothing of whole units: unit = "record"')
-        if isinstance(policy.inference, Clear):
-            found.append("evaluation and prediction send activations in the clear")
-        return found
+        return _encrypted_holes(policy, policy.activations)
     if isinstance(policy.activations, Clear):
         found.append("activations leave in the clear")
     # Rows and labels that were released together: what is computed from them tells nothing more.
@@ -377,6 +371,17 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
             found.append("output gradients depend on labels that no release includes: give gradients a treatment")
         if head_learns and not isinstance(policy.head, DpSgd):
             found.append("the head trains on the labels without dp_sgd, and all later gradients tell what it learnt")
+    if isinstance(policy.inference, Clear):
+        found.append("evaluation and prediction send activations in the clear")
+    return found
+
+
+def _encrypted_holes(policy: Policy, treatment: Ckks) -> list[str]:
+    found = []
+    if treatment.noise is None:
+        found.append("the encrypted layer's gradients leave without noise: give ckks a noise")
+    if policy.unit != "record":
+        found.append('ckks draws samples of records, which says nothing of whole units: unit = "record"')
     if isinstance(policy.inference, Clear):
         found.append("evaluation and prediction send activations in the clear")
     return found

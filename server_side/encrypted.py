@@ -2,12 +2,12 @@
 
 What comes up is an encryption of each row's activations; what goes down encrypts the same rows times the layer's
 weights. Ciphertexts add, and scale by integers, word by word, so the layer is a product of matrices modulo q
-(:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same integers. A convolution is lowered
-to its matrix. No decision depends on what the ciphertexts hold.
+(:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same integers. A convolution is
+lowered to its matrix. No decision depends on what the ciphertexts hold.
 
 Two packings. *Whole*: each feature has a ciphertext of its own, and weights are integers. *Blocks*: a ciphertext holds
-several features, ``block_rows`` rows of each, and weights are polynomials that hold one number for each block; the owner
-sums the blocks up after decryption.
+several features, ``block_rows`` rows of each, and weights are polynomials that hold one number for each block; the
+owner sums the blocks up after decryption.
 
 Shapes: ``C`` ciphertexts, ``F`` features of a row, ``O`` outputs, ``P`` polynomials (2), ``N`` words.
 """

@@ -40,10 +40,20 @@ _IV: Final = (
 # The message schedule (RFC 7693, section 2.7); rounds 10 and 11 repeat the first two.
 _SIGMA: Final = tuple(
     tuple(int(digit, 16) for digit in line)
-    for line in """
-    0123456789abcdef ea489fd61c02b753 b8c052fdae367194 7931dcbe265a40f8 905724afe1bc683d 2c6a0b834d75fe19
-    c51fed4a0763928b db7ec13950f4862a 6fe9b308c2d714a5 a2847615fb9e3cd0 0123456789abcdef ea489fd61c02b753
-    """.split()
+    for line in (
+        "0123456789abcdef",
+        "ea489fd61c02b753",
+        "b8c052fdae367194",
+        "7931dcbe265a40f8",
+        "905724afe1bc683d",
+        "2c6a0b834d75fe19",
+        "c51fed4a0763928b",
+        "db7ec13950f4862a",
+        "6fe9b308c2d714a5",
+        "a2847615fb9e3cd0",
+        "0123456789abcdef",
+        "ea489fd61c02b753",
+    )
 )
 
 
@@ -126,7 +136,9 @@ def _compressed(message_8L: Words, offsets_L: Words) -> Words:
     return made
 
 
-def _mix(a: Words, b: Words, c: Words, d: Words, x: Words, y: Words, spare: Words) -> None:
+def _mix(  # noqa: PLR0917 -- the names that RFC 7693 gives them
+    a: Words, b: Words, c: Words, d: Words, x: Words, y: Words, spare: Words
+) -> None:
     """The function G on four columns (or diagonals) of all states at once, in place."""
     for message, first, second in ((x, 32, 24), (y, 16, 63)):
         a += b

@@ -28,10 +28,19 @@ _LINEAR: Final = frozenset(
 )
 _REARRANGING: Final = frozenset(
     f"aten::{name}"
-    for name in """
-    alias.default contiguous.default flatten.using_ints permute.default reshape.default squeeze.default squeeze.dim
-    transpose.int unflatten.int unsqueeze.default view.default
-    """.split()
+    for name in (
+        "alias.default",
+        "contiguous.default",
+        "flatten.using_ints",
+        "permute.default",
+        "reshape.default",
+        "squeeze.default",
+        "squeeze.dim",
+        "transpose.int",
+        "unflatten.int",
+        "unsqueeze.default",
+        "view.default",
+    )
 )
 _BIAS: Final = 2  # its place among the arguments of each linear operator
 MAX_MATRIX: Final = 2**26  # weights: 512 MB; a convolution's matrix is much larger than its kernel

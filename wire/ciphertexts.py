@@ -279,7 +279,8 @@ def unpack(packed: Words, ring: Ring) -> Words:
     bits = ring.bits
     groups = np.ascontiguousarray(packed.reshape(-1, bits).T)
     made = np.empty((_GROUP, groups.shape[1]), dtype=np.uint64)
-    for number, word in enumerate(made):
+    for number in range(_GROUP):
+        word = made[number]
         place, shift = divmod(number * bits, 64)
         np.right_shift(groups[place], np.uint64(shift), out=word)
         if shift + bits > 64:  # noqa: PLR2004 -- as above

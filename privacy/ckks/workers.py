@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -62,9 +63,9 @@ class CipherWorkers:
     def start(self) -> None:
         """Starts them, if they do not run: half a second that the first step need not wait."""
         while len(self._processes) < self._count:
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
             self._processes.append(
-                subprocess.Popen(  # noqa: S603 -- this interpreter, our own module
+                subprocess.Popen(
                     [sys.executable, "-m", "privacy.ckks.worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
