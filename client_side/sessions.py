@@ -86,7 +86,8 @@ class Sessions:
             latest=lambda: run.latest.snapshot,
             load=run.load,
             log=run.log,
-            memo=run.memo,
+            # Ciphertexts of an earlier process are under keys that died with it: its steps are drawn, and paid, anew.
+            memo=run.memo if self.scheme is None else None,
             reconnect_s=self.reconnect_s,
             tell=tell,
         )

@@ -386,6 +386,8 @@ def fresh_releases(policy: Policy, *, epochs: int = 1, step: int = 0) -> list[Re
     Raises:
         ConfigError: a treatment without its noise.
     """
+    if isinstance(policy.activations, Ckks):
+        raise ConfigError("privacy: what ckks costs is counted by the step, as the batches are sampled: see the ledger")
     found = []
     fresh = {kind: getattr(policy, kind) for kind in ("activations", "gradients", "front", "head")}
     for kind, treatment in fresh.items():

@@ -24,7 +24,7 @@ import torch
 from protos import encryption_pb2, program_pb2
 from server_side.expansion import expand
 from server_side.rings import combine, evaluations, multiply, slot_polynomials
-from wire.affine import affine_map, bias_names, check_affine
+from wire.affine import ROWS_AT_ONCE, affine_map, bias_names, check_affine
 from wire.ciphertexts import MAX_CIPHERTEXTS, Ciphertexts, Ring, Scheme, Words, decode, encode_into
 from wire.errors import LimitExceededError, SpecRejectedError
 from wire.program import Program
@@ -148,7 +148,7 @@ def encrypted_bytes(program: Program, scheme: Scheme) -> int:
     """What evaluating the layer once may hold, for an owner's account."""
     features, outputs = check_affine(program)
     polynomials = 2 * scheme.ring.degree * (features + outputs)
-    return 8 * (_COPIES * polynomials + 3 * features * outputs)
+    return 8 * (_COPIES * polynomials + 3 * features * outputs + 3 * ROWS_AT_ONCE * (features + outputs))
 
 
 def _checked_block(block_rows: int, ring: Ring) -> int:

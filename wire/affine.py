@@ -16,11 +16,12 @@ from typing import Final
 import torch
 
 from protos import program_pb2
+from wire.ciphertexts import MAX_CIPHERTEXTS
 from wire.errors import LimitExceededError, SpecRejectedError
 from wire.interpreter import Runner, output_shapes
 from wire.program import Graph, Operation, Program, Ref
 
-__all__ = ["MAX_MATRIX", "affine_map", "bias_names", "check_affine"]
+__all__ = ["MAX_MATRIX", "ROWS_AT_ONCE", "affine_map", "bias_names", "check_affine"]
 
 _LINEAR: Final = frozenset(
     f"aten::{name}"
@@ -44,6 +45,7 @@ _REARRANGING: Final = frozenset(
 )
 _BIAS: Final = 2  # its place among the arguments of each linear operator
 MAX_MATRIX: Final = 2**26  # weights: 512 MB; a convolution's matrix is much larger than its kernel
+ROWS_AT_ONCE: Final = 256  # of the identity: 32 MB for the widest layer
 
 
 def check_affine(program: Program) -> tuple[int, int]:
@@ -61,8 +63,10 @@ def check_affine(program: Program) -> tuple[int, int]:
     if len(shapes) != 1 or len(shapes[0][1]) < 2 or shapes[0][1][0] != 2:  # noqa: PLR2004 -- [rows, …]
         raise SpecRejectedError("an encrypted middle makes one tensor, with a row for each of the batch")
     features, outputs = math.prod(program.inputs[0].shape), math.prod(shapes[0][1][1:])
-    if not 0 < features * outputs <= MAX_MATRIX:
-        raise LimitExceededError(f"a matrix of {features} by {outputs}; at most {MAX_MATRIX} weights")
+    if not 0 < features * outputs <= MAX_MATRIX or max(features, outputs) > MAX_CIPHERTEXTS:
+        raise LimitExceededError(
+            f"a matrix of {features} by {outputs}; at most {MAX_MATRIX} weights, and {MAX_CIPHERTEXTS} on a side"
+        )
     return features, outputs
 
 
@@ -94,11 +98,15 @@ def affine_map(
         for spec, value in zip(program.state, wide, strict=True)
     ]
     runner = Runner(program, program.eval, device)
-    rows = torch.eye(features, dtype=torch.float64, device=device).reshape(features, *program.inputs[0].shape)
+    pieces = []
     with torch.no_grad():
-        (matrix,) = runner.run([*linear, rows])
-        (bias,) = runner.run([*wide, torch.zeros_like(rows[:1])])
-    return matrix.reshape(features, -1), bias.reshape(-1)
+        for start in range(0, features, ROWS_AT_ONCE):
+            rows = torch.zeros(min(ROWS_AT_ONCE, features - start), features, dtype=torch.float64, device=device)
+            rows.diagonal(start).fill_(1.0)
+            (piece,) = runner.run([*linear, rows.reshape(-1, *program.inputs[0].shape)])
+            pieces.append(piece.reshape(len(rows), -1))
+        (bias,) = runner.run([*wide, torch.zeros(1, *program.inputs[0].shape, dtype=torch.float64, device=device)])
+    return torch.cat(pieces), bias.reshape(-1)
 
 
 def _linear_operation(program: Program, graph: Graph) -> Operation:
