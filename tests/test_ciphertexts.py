@@ -303,3 +303,50 @@ def test_T17_a_transparent_ciphertext_is_refused() -> None:
 
     with pytest.raises(MessageRejectedError, match="transparent"):
         decoded(made, seeded=False)
+
+
+def test_T02_T17_a_node_answers_malformed_ciphertexts_with_the_documented_errors() -> None:
+    made = cut(_Around(nn.Linear(6, 4)), front="front", head="head", example=torch.randn(3, 6))
+    layer = EncryptedLayer(made.program, Scheme(row_norm=1.0), CPU, 2**28)
+    values = made.middle_state()
+    honest, generator, ends = message(6), np.random.default_rng(0), set()
+    for case in range(int(os.environ.get("CLOISTER_FUZZ_CASES", "200"))):
+        odd = encryption_pb2.Ciphertexts.FromString(honest.SerializeToString())
+        kind = case % 6
+        if kind == 0:
+            odd.count = int(generator.integers(2**32))
+        elif kind == 1:
+            odd.block_rows = int(generator.choice([0, 1, 2, 3, 64, 1024, 2047, 4096, 2**31]))
+        elif kind == 2:
+            odd.words = odd.words[: generator.integers(len(odd.words))]
+        elif kind == 3:
+            odd.seeds = generator.bytes(int(generator.integers(1000)))
+        elif kind == 4:
+            odd.words = generator.bytes(len(odd.words))
+        else:  # other ciphertexts than were sent are ciphertexts all the same
+            odd.seeds = generator.bytes(len(odd.seeds))
+        answer = encryption_pb2.Ciphertexts()
+        try:
+            layer.forward(odd, values, answer)
+            ends.add("answered")
+            assert answer.count == 4
+        except (MessageRejectedError, LimitExceededError) as error:
+            ends.add(type(error).__name__)
+
+    assert ends == {"answered", "MessageRejectedError", "LimitExceededError"}
+
+
+def test_T02_a_layer_whose_matrix_would_not_fit_is_refused_before_it_is_made() -> None:
+    wide = cut(_Around(nn.Conv1d(1, 1, 3, padding=1)), front="front", head="head", example=torch.randn(2, 1, 20_000))
+
+    with pytest.raises(LimitExceededError, match="a matrix of 20000 by 20000"):
+        check_affine(wide.program)
+
+
+def test_T06_weights_that_are_not_finite_are_refused() -> None:
+    made = cut(_Around(nn.Linear(6, 4)), front="front", head="head", example=torch.randn(3, 6))
+    layer = EncryptedLayer(made.program, Scheme(row_norm=1.0), CPU, 2**28)
+    values = {name: torch.full_like(t, float("nan")) for name, t in made.middle_state().items()}
+
+    with pytest.raises(LimitExceededError, match="not finite"):
+        layer.forward(message(6), values, encryption_pb2.Ciphertexts())
