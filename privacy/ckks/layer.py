@@ -80,7 +80,7 @@ def block_rows_for(capacity: int, degree: int) -> int:
         ConfigError: more rows than a ciphertext holds.
     """
     if not 0 < capacity <= degree:
-        raise ConfigError(f"ckks: batches of {capacity} rows; 1 to {degree}, as many as a ciphertext holds")
+        raise ConfigError(f"ckks: batches of up to {capacity} rows; a ciphertext holds {degree}: take smaller batches")
     block = max(_LEAST_BLOCK, 1 << (capacity - 1).bit_length())
     return block if 4 * block <= degree else degree  # two features in one save little, and cost the node transforms
 
