@@ -101,4 +101,5 @@ class PoissonLoader:
             if isinstance(self.dataset, TensorDataset):
                 yield tuple(tensor[chosen] for tensor in self.dataset.tensors)
             else:
-                yield tuple(default_collate([self.dataset[i] for i in chosen.tolist()]))
+                records = [self.dataset[i] for i in chosen.tolist()]
+                yield tuple(default_collate(records))  # type: ignore[no-untyped-call]  # torch leaves it untyped

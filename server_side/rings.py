@@ -108,7 +108,8 @@ def slot_polynomials(slots: torch.Tensor, scale: float, ring: Ring) -> torch.Ten
     odd_powers[..., mirrored.to(slots.device)] = slots.to(torch.complex128)
     turn = torch.arange(degree, dtype=torch.float64, device=slots.device) * (-math.pi / degree)
     made = torch.fft.fft(odd_powers) * torch.polar(torch.ones_like(turn), turn)
-    return (made.real * (scale / degree)).round_().to(torch.int64)
+    rounded: torch.Tensor = (made.real * (scale / degree)).round_().to(torch.int64)
+    return rounded
 
 
 @lru_cache(maxsize=4)
