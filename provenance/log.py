@@ -49,6 +49,7 @@ HEAD_TYPE: Final = "application/vnd.cloister.tree-head+json"
 
 _LOCK: Final = 0x70726F76656E  # "proven", among the advisory locks of a shared PostgreSQL
 _LEVEL: Final = 2**48
+_CACHED: Final = 100_000  # hashes in memory, of those that proofs share: some 20 MB
 _FEW: Final = 500  # values in one IN (...): SQLite takes 32,766, and plans them one by one
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
 _HEX32: Final = re.compile(r"[0-9a-f]{64}")
@@ -179,6 +180,8 @@ class Log:
         except (StorageError, OSError) as error:
             raise ProvenanceError(str(error)) from error
         self.name = shown_url(self.engine.url)
+        self._known_hashes: dict[tuple[int, int], bytes] = {}  # they never change
+        self._seen = 0  # records: there are at least so many
         with self.transaction("opening") as connection:
             found = connection.execute(sa.select(_LOG.c.id)).scalar_one_or_none()
             if found is None:
@@ -260,7 +263,7 @@ class Log:
         """
         with self.transaction("proving") as connection:
             size = self._known(connection, size)
-            path = _roots(connection, inclusion_ranges(index, size))
+            path = self._roots(connection, inclusion_ranges(index, size))
         return Inclusion(index=index, size=size, path=path)
 
     def consistency(self, first: int, second: int | None = None) -> Consistency:
@@ -271,7 +274,7 @@ class Log:
         """
         with self.transaction("proving") as connection:
             second = self._known(connection, second)
-            path = _roots(connection, consistency_ranges(first, second))
+            path = self._roots(connection, consistency_ranges(first, second))
         return Consistency(first=first, second=second, path=path)
 
     def sign_head(self, signer: BaseAccount) -> TreeHead:
@@ -287,7 +290,7 @@ class Log:
             root = self._root(connection, size)
             last = _last_head(connection)
             if last is not None:
-                path = _roots(connection, consistency_ranges(last.size, size)) if last.size <= size else ()
+                path = self._roots(connection, consistency_ranges(last.size, size)) if last.size <= size else ()
                 check_consistency(last.size, last.root, size, root, path)
                 if last.size == size:
                     return open_head(last.envelope)
@@ -346,16 +349,31 @@ class Log:
             raise ProvenanceError(f"the provenance log {self.name}: {doing} failed ({cause(error)})") from error
 
     def _known(self, connection: sa.Connection, size: int | None) -> int:
-        have = _size(connection)
+        if size is not None and 0 <= size <= self._seen:
+            return size
+        self._seen = _size(connection)
         if size is None:
-            return have
-        if not 0 <= size <= have:
-            raise ProvenanceError(f"the log {self.name} has {have} records, not {size}")
+            return self._seen
+        if not 0 <= size <= self._seen:
+            raise ProvenanceError(f"the log {self.name} has {self._seen} records, not {size}")
         return size
+
+    def _roots(self, connection: sa.Connection, spans: Sequence[Range]) -> tuple[bytes, ...]:
+        known = self._known_hashes
+        missing = [place for span in spans for place in cover(span) if place not in known]
+        if missing:
+            if len(known) > _CACHED:
+                known.clear()
+            known.update(_hashes(connection, missing))
+        # What was just read may have pushed out what was known: rare, and then all is read.
+        whole = known if all(place in known for span in spans for place in cover(span)) else _hashes(
+            connection, [place for span in spans for place in cover(span)]
+        )
+        return tuple(range_root(span, lambda level, index: whole[level, index]) for span in spans)
 
     def _root(self, connection: sa.Connection, size: int | None) -> bytes:
         size = self._known(connection, size)
-        return _roots(connection, [(0, size)])[0] if size else EMPTY_ROOT
+        return self._roots(connection, [(0, size)])[0] if size else EMPTY_ROOT
 
     def _check_nodes(self, made: list[dict[str, Any]]) -> None:
         """Compares recomputed nodes with the stored ones, and forgets them."""
@@ -406,11 +424,6 @@ def _frontier(connection: sa.Connection, nodes: list[dict[str, Any]]) -> Frontie
     places = cover((0, size))
     known = _hashes(connection, places)
     return _fresh(nodes, size, [known[place] for place in places])
-
-
-def _roots(connection: sa.Connection, spans: Sequence[Range]) -> tuple[bytes, ...]:
-    known = _hashes(connection, [place for span in spans for place in cover(span)])
-    return tuple(range_root(span, lambda level, index: known[level, index]) for span in spans)
 
 
 def _hashes(connection: sa.Connection, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
-from provenance.envelope import Opened, open_envelope, seal
+from provenance.envelope import Opened, canonical, open_envelope, seal
 from wire.errors import ProvenanceError
 
 if TYPE_CHECKING:
@@ -452,8 +452,9 @@ def _parse(opened: Opened) -> Record:
     if not isinstance(kind, str) or kind not in PREDICATES:
         raise ProvenanceError(f"a predicate of type {str(kind)[:100]!r}: this version knows {', '.join(PREDICATES)}")
     try:
-        subject = _SUBJECTS.validate_python(statement["subject"])
-        predicate = _ADAPTERS[kind].validate_python(statement["predicate"])
+        # As JSON: what is strict there is Python's own types elsewhere.
+        subject = _SUBJECTS.validate_json(canonical(statement["subject"]))
+        predicate = _ADAPTERS[kind].validate_json(canonical(statement["predicate"]))
     except (ValidationError, RecursionError) as error:
         raise ProvenanceError(f"the record is no {kind}: {_first(error)}") from error
     return Record(subject=tuple(subject), predicate=predicate, signer=opened.signer)

@@ -12,6 +12,7 @@ contract ProvenanceRegistry is IProvenanceRegistry {
         uint48 size;
         uint48 number;
         address recovery;
+        bool opened;
     }
 
     struct Pinned {
@@ -19,21 +20,23 @@ contract ProvenanceRegistry is IProvenanceRegistry {
         uint64 number;
     }
 
-    uint64 private _count;
-    mapping(uint64 log => Log) private _logs;
-    mapping(uint64 log => mapping(bytes32 root => Pinned)) private _pinned;
+    mapping(bytes32 log => Log) private _logs;
+    mapping(bytes32 log => mapping(bytes32 root => Pinned)) private _pinned;
 
     /// @inheritdoc IProvenanceRegistry
-    function openLog(address key, address recovery) external returns (uint64 log) {
-        log = ++_count;
+    function openLog(bytes32 salt, address key, address recovery) external returns (bytes32 log) {
+        log = idOf(msg.sender, salt);
+        Log storage entry = _logs[log];
+        if (entry.opened) revert AlreadyOpen(log);
         if (key == address(0)) revert NoKey(log);
-        _logs[log].key = key;
-        _logs[log].recovery = recovery;
+        entry.key = key;
+        entry.recovery = recovery;
+        entry.opened = true;
         emit LogOpened(log, key, recovery);
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function anchor(uint64 log, uint64 size, bytes32 root) external {
+    function anchor(bytes32 log, uint64 size, bytes32 root) external {
         Log storage entry = _logs[log];
         if (msg.sender != entry.key) revert NotInControl(log, msg.sender);
         if (size <= entry.size || size > type(uint48).max) revert NotLarger(log, size, entry.size);
@@ -46,7 +49,7 @@ contract ProvenanceRegistry is IProvenanceRegistry {
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function pin(uint64 log) external {
+    function pin(bytes32 log) external {
         Log storage entry = _logs[log];
         if (entry.size == 0) revert NothingAnchored(log);
         Pinned storage pinned = _pinned[log][entry.root];
@@ -58,7 +61,7 @@ contract ProvenanceRegistry is IProvenanceRegistry {
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function rotateKey(uint64 log, address key) external {
+    function rotateKey(bytes32 log, address key) external {
         Log storage entry = _controlled(log);
         if (key == address(0)) revert NoKey(log);
         emit KeyRotated(log, entry.key, key);
@@ -66,14 +69,14 @@ contract ProvenanceRegistry is IProvenanceRegistry {
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function revokeKey(uint64 log) external {
+    function revokeKey(bytes32 log) external {
         Log storage entry = _controlled(log);
         emit KeyRevoked(log, entry.key);
         entry.key = address(0);
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function changeRecovery(uint64 log, address recovery) external {
+    function changeRecovery(bytes32 log, address recovery) external {
         Log storage entry = _logs[log];
         if (msg.sender != entry.recovery) revert NotInControl(log, msg.sender);
         emit RecoveryChanged(log, msg.sender, recovery);
@@ -81,13 +84,13 @@ contract ProvenanceRegistry is IProvenanceRegistry {
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function latestOf(uint64 log) external view returns (bytes32 root, uint64 size, uint64 number) {
+    function latestOf(bytes32 log) external view returns (bytes32 root, uint64 size, uint64 number) {
         Log storage entry = _logs[log];
         return (entry.root, entry.size, entry.number);
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function headOf(uint64 log, bytes32 root) external view returns (uint64 size, uint64 number) {
+    function headOf(bytes32 log, bytes32 root) external view returns (uint64 size, uint64 number) {
         Pinned storage pinned = _pinned[log][root];
         if (pinned.size != 0) return (pinned.size, pinned.number);
         Log storage entry = _logs[log];
@@ -96,13 +99,18 @@ contract ProvenanceRegistry is IProvenanceRegistry {
     }
 
     /// @inheritdoc IProvenanceRegistry
-    function controlOf(uint64 log) external view returns (address key, address recovery) {
+    function controlOf(bytes32 log) external view returns (address key, address recovery) {
         Log storage entry = _logs[log];
         return (entry.key, entry.recovery);
     }
 
+    /// @inheritdoc IProvenanceRegistry
+    function idOf(address opener, bytes32 salt) public pure returns (bytes32 log) {
+        return keccak256(abi.encode(opener, salt));
+    }
+
     /// @dev Nobody calls from the zero address, so a revoked key or a missing recovery address lets nobody in.
-    function _controlled(uint64 log) private view returns (Log storage entry) {
+    function _controlled(bytes32 log) private view returns (Log storage entry) {
         entry = _logs[log];
         if (msg.sender != entry.key && msg.sender != entry.recovery) revert NotInControl(log, msg.sender);
     }

@@ -9,23 +9,24 @@ contract Handler is Base {
     ProvenanceRegistry public immutable REGISTRY;
     uint256 public anchored;
 
-    mapping(uint64 log => uint64 size) public sizeOf;
-    mapping(uint64 log => bytes32 root) public rootOf;
-    mapping(uint64 log => address key) public keyOf;
-    mapping(uint64 log => address recovery) public recoveryOf;
-    mapping(uint64 log => uint64 size) public pinnedOf;
-    mapping(uint64 log => bytes32 root) public pinnedRootOf;
+    mapping(bytes32 log => uint64 size) public sizeOf;
+    mapping(bytes32 log => bytes32 root) public rootOf;
+    mapping(bytes32 log => address key) public keyOf;
+    mapping(bytes32 log => address recovery) public recoveryOf;
+    mapping(bytes32 log => uint64 size) public pinnedOf;
+    mapping(bytes32 log => bytes32 root) public pinnedRootOf;
 
     constructor() {
         REGISTRY = new ProvenanceRegistry();
-        for (uint64 log = 1; log <= 2; ++log) {
-            (keyOf[log], recoveryOf[log]) = (_actor(log), _actor(log + 2));
-            REGISTRY.openLog(keyOf[log], recoveryOf[log]);
+        for (uint256 i = 0; i < 2; ++i) {
+            bytes32 log = logAt(i);
+            (keyOf[log], recoveryOf[log]) = (_actor(i + 1), _actor(i + 3));
+            REGISTRY.openLog(bytes32(i), keyOf[log], recoveryOf[log]);
         }
     }
 
-    function anchor(uint256 who, uint64 log, uint64 size, bytes32 root) external {
-        (address caller, uint64 which) = (_actor(who), _log(log));
+    function anchor(uint256 who, uint256 log, uint64 size, bytes32 root) external {
+        (address caller, bytes32 which) = (_actor(who), logAt(log));
         size %= 1000; // small, so that heads often grow, and often do not
         bool must = caller == keyOf[which] && size > sizeOf[which];
         VM.prank(caller);
@@ -38,8 +39,8 @@ contract Handler is Base {
         }
     }
 
-    function rotate(uint256 who, uint64 log, uint256 to) external {
-        (address caller, uint64 which) = (_actor(who), _log(log));
+    function rotate(uint256 who, uint256 log, uint256 to) external {
+        (address caller, bytes32 which) = (_actor(who), logAt(log));
         VM.prank(caller);
         try REGISTRY.rotateKey(which, _actor(to)) {
             equal(caller == keyOf[which] || caller == recoveryOf[which] ? 1 : 0, 1);
@@ -47,8 +48,8 @@ contract Handler is Base {
         } catch {}
     }
 
-    function revoke(uint256 who, uint64 log) external {
-        (address caller, uint64 which) = (_actor(who), _log(log));
+    function revoke(uint256 who, uint256 log) external {
+        (address caller, bytes32 which) = (_actor(who), logAt(log));
         VM.prank(caller);
         try REGISTRY.revokeKey(which) {
             equal(caller == keyOf[which] || caller == recoveryOf[which] ? 1 : 0, 1);
@@ -56,8 +57,8 @@ contract Handler is Base {
         } catch {}
     }
 
-    function pin(uint64 log) external {
-        uint64 which = _log(log);
+    function pin(uint256 log) external {
+        bytes32 which = logAt(log);
         try REGISTRY.pin(which) {
             if (pinnedOf[which] == 0) (pinnedOf[which], pinnedRootOf[which]) = (sizeOf[which], rootOf[which]);
         } catch {
@@ -69,8 +70,8 @@ contract Handler is Base {
         return address(uint160(0xAC700 + who % 5));
     }
 
-    function _log(uint64 log) private pure returns (uint64) {
-        return 1 + log % 2;
+    function logAt(uint256 which) public view returns (bytes32) {
+        return REGISTRY.idOf(address(this), bytes32(which % 2));
     }
 }
 
@@ -88,7 +89,8 @@ contract InvariantsTest is Base {
 
     /// @notice The latest head is the largest that its key anchored, whoever else tried what.
     function invariant_T20_the_latest_head_is_the_largest_that_the_key_anchored() public view {
-        for (uint64 log = 1; log <= 2; ++log) {
+        for (uint256 i = 0; i < 2; ++i) {
+            bytes32 log = _handler.logAt(i);
             (bytes32 root, uint64 size,) = _handler.REGISTRY().latestOf(log);
             equal(size, _handler.sizeOf(log));
             equal(root, _handler.rootOf(log));
@@ -96,7 +98,8 @@ contract InvariantsTest is Base {
     }
 
     function invariant_control_is_with_whom_it_was_given_to() public view {
-        for (uint64 log = 1; log <= 2; ++log) {
+        for (uint256 i = 0; i < 2; ++i) {
+            bytes32 log = _handler.logAt(i);
             (address key, address recovery) = _handler.REGISTRY().controlOf(log);
             equal(key, _handler.keyOf(log));
             equal(recovery, _handler.recoveryOf(log));
@@ -104,7 +107,8 @@ contract InvariantsTest is Base {
     }
 
     function invariant_T20_a_pinned_head_never_changes() public view {
-        for (uint64 log = 1; log <= 2; ++log) {
+        for (uint256 i = 0; i < 2; ++i) {
+            bytes32 log = _handler.logAt(i);
             if (_handler.pinnedOf(log) == 0) continue;
             (uint64 size,) = _handler.REGISTRY().headOf(log, _handler.pinnedRootOf(log));
             equal(size, _handler.pinnedOf(log));

@@ -8,29 +8,48 @@ import {Base} from "./Base.sol";
 contract ProvenanceRegistryTest is Base {
     address private constant KEY = address(0xA11CE);
     address private constant RECOVERY = address(0x5AFE);
+    bytes32 private constant SALT = keccak256("salt");
     bytes32 private constant ROOT = keccak256("root");
 
     ProvenanceRegistry private _registry;
-    uint64 private _log;
+    bytes32 private _log;
 
     function setUp() public {
         _registry = new ProvenanceRegistry();
-        _log = _registry.openLog(KEY, RECOVERY);
+        _log = _registry.openLog(SALT, KEY, RECOVERY);
     }
 
-    function test_logs_are_numbered_from_one_and_belong_to_whom_they_were_opened_for() public {
-        equal(_log, 1);
+    function testFuzz_a_log_belongs_to_whom_it_was_opened_for(address opener, bytes32 salt) public {
+        bytes32 expected = _registry.idOf(opener, salt);
         VM.expectEmit(true, true, true, true);
-        emit IProvenanceRegistry.LogOpened(2, address(7), address(0));
-        equal(_registry.openLog(address(7), address(0)), 2);
-        (address key, address recovery) = _registry.controlOf(1);
+        emit IProvenanceRegistry.LogOpened(expected, KEY, RECOVERY);
+        VM.prank(opener);
+        equal(_registry.openLog(salt, KEY, RECOVERY), expected);
+        (address key, address recovery) = _registry.controlOf(expected);
         equal(key, KEY);
         equal(recovery, RECOVERY);
     }
 
+    function testFuzz_T25_nobody_takes_the_id_of_anothers_log(address other) public {
+        VM.assume(other != address(this));
+        VM.prank(other);
+        bytes32 taken = _registry.openLog(SALT, other, other);
+        if (taken == _log) revert NotEqual(taken, _log);
+    }
+
+    function test_a_log_is_opened_once_even_when_its_key_was_revoked() public {
+        VM.prank(RECOVERY);
+        _registry.revokeKey(_log);
+        VM.prank(RECOVERY);
+        _registry.changeRecovery(_log, address(0));
+        VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.AlreadyOpen.selector, _log));
+        _registry.openLog(SALT, KEY, RECOVERY);
+    }
+
     function test_a_log_without_a_key_is_refused() public {
-        VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.NoKey.selector, 2));
-        _registry.openLog(address(0), RECOVERY);
+        bytes32 id = _registry.idOf(address(this), ROOT);
+        VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.NoKey.selector, id));
+        _registry.openLog(ROOT, address(0), RECOVERY);
     }
 
     function testFuzz_an_anchored_head_is_found(uint48 size, bytes32 root, uint32 number) public {
@@ -156,8 +175,8 @@ contract ProvenanceRegistryTest is Base {
     function test_nothing_can_be_pinned_before_it_is_anchored() public {
         VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.NothingAnchored.selector, _log));
         _registry.pin(_log);
-        VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.NothingAnchored.selector, 99));
-        _registry.pin(99);
+        VM.expectRevert(abi.encodeWithSelector(IProvenanceRegistry.NothingAnchored.selector, ROOT));
+        _registry.pin(ROOT);
     }
 
     function test_gas_of_a_head() public {
@@ -170,7 +189,7 @@ contract ProvenanceRegistryTest is Base {
         VM.prank(RECOVERY);
         _registry.rotateKey(_log, address(9));
         VM.snapshotGasLastCall("ProvenanceRegistry", "rotateKey");
-        _registry.openLog(KEY, RECOVERY);
+        _registry.openLog(ROOT, KEY, RECOVERY);
         VM.snapshotGasLastCall("ProvenanceRegistry", "openLog");
     }
 
