@@ -132,7 +132,12 @@ class LogAnchor:
         """The log's signed heads."""
         return [
             AnchorLine(
-                size=head.size, root=head.root.hex(), state="final", transaction=None, block=None, time=None,
+                size=head.size,
+                root=head.root.hex(),
+                state="final",
+                transaction=None,
+                block=None,
+                time=None,
                 target="log",
             )
             for head in self._log.heads()
@@ -211,7 +216,9 @@ class ChainAnchor:
         """
         found = self._chain.chain_id()
         if found != self._chain_id:
-            raise AnchorError(f"the endpoint is chain {found}, not {self._chain_id}: nothing was sent; name the right one")
+            raise AnchorError(
+                f"the endpoint is chain {found}, not {self._chain_id}: nothing was sent; name the right one"
+            )
         height = self._chain.height()
         self._recheck_final()
         settled = self._chain.nonce(self._signer.address, max(0, height - self._confirmations))
@@ -348,9 +355,7 @@ class ChainAnchor:
         with self._log.transaction("raising a fee") as connection:
             return self._write_signed(connection, row, attempt.nonce, fee, min(tip, fee))
 
-    def _write_signed(
-        self, connection: sa.Connection, row: sa.Row[Any], nonce: int, fee: int, tip: int
-    ) -> bytes:
+    def _write_signed(self, connection: sa.Connection, row: sa.Row[Any], nonce: int, fee: int, tip: int) -> bytes:
         signed = self._signer.sign_transaction(
             {
                 "type": 2,

@@ -1,8 +1,8 @@
 """An EVM chain as several endpoints tell it, and the registry contract on it.
 
 No endpoint is believed alone where there are several: an answer counts once a majority of them gives it, and where they
-contradict each other, nothing is taken as true until they agree again (T24). Nothing is retried here: whoever calls asks
-again, and looks for what it sent before it sends again.
+contradict each other, nothing is taken as true until they agree again (T24). Nothing is retried here: whoever calls
+asks again, and looks for what it sent before it sends again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from eth_typing import ChecksumAddress
 from eth_utils.address import is_address, to_checksum_address
 from hexbytes import HexBytes
+from pydantic_core import from_json
 from requests.exceptions import RequestException
 from web3 import HTTPProvider, Web3
-from web3.exceptions import BlockNotFound, TransactionNotFound, Web3Exception, Web3RPCError
+from web3.exceptions import BlockNotFound, TransactionNotFound, Web3Exception, Web3RPCError, Web3ValueError
+from web3.types import RPCResponse
 
 from wire.errors import AnchorError, ConfigError
 
@@ -75,10 +77,21 @@ def connect(urls: Sequence[str]) -> Chain:
         raise ConfigError("an anchor's endpoints read https://host/path; several are separated by commas")
     # web3's own retries would send transactions again unasked.
     made = [
-        Web3(HTTPProvider(url, request_kwargs={"timeout": _TIMEOUT_S}, exception_retry_configuration=None))
-        for url in urls
+        Web3(_Provider(url, request_kwargs={"timeout": _TIMEOUT_S}, exception_retry_configuration=None)) for url in urls
     ]
     return Chain(made)
+
+
+class _Provider(HTTPProvider):
+    """web3's own, but for what it parses: see :func:`provenance.envelope.parse_json`."""
+
+    @staticmethod
+    def decode_rpc_response(raw_response: bytes) -> RPCResponse:
+        """The answer, if it is an object."""
+        answer = from_json(raw_response)
+        if not isinstance(answer, dict):
+            raise Web3ValueError("the endpoint's answer is no JSON object")
+        return cast("RPCResponse", answer)
 
 
 class Chain:

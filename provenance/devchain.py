@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from eth.db.atomic import AtomicDB
 from eth.db.backends.base import BaseDB
@@ -20,6 +20,7 @@ from eth.exceptions import CanonicalHeadNotFound
 from eth_tester import EthereumTester, PyEVMBackend
 from eth_typing import ChecksumAddress
 from web3 import EthereumTesterProvider, Web3
+from web3.types import Wei
 from web3.utils import get_create_address
 
 from provenance.chain import Chain, Registry, artifact
@@ -108,7 +109,7 @@ class DevChain:
         """Gives an address money, if it has little; it is worth nothing elsewhere."""
         to = Web3.to_checksum_address(address)
         if self._w3.eth.get_balance(to) < _ALLOWANCE // 2:
-            self._w3.eth.send_transaction({"from": self._w3.eth.accounts[0], "to": to, "value": Web3.to_wei(100, "ether")})
+            self._w3.eth.send_transaction({"from": self._w3.eth.accounts[0], "to": to, "value": Wei(_ALLOWANCE)})
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -116,7 +117,7 @@ class DevChain:
             self._connection.close()
         os.close(self._lock)
 
-    def __enter__(self) -> DevChain:
+    def __enter__(self) -> Self:
         """Itself."""
         return self
 

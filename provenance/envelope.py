@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import rfc8785
+from pydantic_core import from_json
 
 from wire.errors import ProvenanceError
 
@@ -64,9 +64,11 @@ def parse_json(data: bytes, what: str, *, limit: int = MAX_ENVELOPE_BYTES) -> An
     if len(data) > limit:
         raise ProvenanceError(f"{what} has {len(data)} bytes; at most {limit} are read")
     try:
-        value = json.loads(data.decode("utf-8"))
+        # Not the standard library's: some of Ethereum's libraries lift Python's recursion limit, and then its C code
+        # runs over the end of the stack on brackets that nest deeply. This one stops at 200 of them.
+        value = from_json(data, allow_inf_nan=False)
         same = rfc8785.dumps(value) == data
-    except (ValueError, RecursionError, UnicodeError) as error:  # CanonicalizationError is a ValueError
+    except (ValueError, RecursionError) as error:  # CanonicalizationError and UnicodeError are ValueErrors
         raise ProvenanceError(f"{what} is no JSON that Cloister writes ({type(error).__name__})") from error
     if not same:
         raise ProvenanceError(f"{what} is no canonical JSON (RFC 8785): it was altered, or written by something else")

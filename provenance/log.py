@@ -366,8 +366,10 @@ class Log:
                 known.clear()
             known.update(_hashes(connection, missing))
         # What was just read may have pushed out what was known: rare, and then all is read.
-        whole = known if all(place in known for span in spans for place in cover(span)) else _hashes(
-            connection, [place for span in spans for place in cover(span)]
+        whole = (
+            known
+            if all(place in known for span in spans for place in cover(span))
+            else _hashes(connection, [place for span in spans for place in cover(span)])
         )
         return tuple(range_root(span, lambda level, index: whole[level, index]) for span in spans)
 
@@ -402,9 +404,7 @@ def _size(connection: sa.Connection) -> int:
 def _numbers(connection: sa.Connection, leaves: Sequence[bytes]) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
     for start in range(0, len(leaves), _FEW):
-        query = sa.select(_ENTRIES.c.leaf, _ENTRIES.c.number).where(
-            _ENTRIES.c.leaf.in_(leaves[start : start + _FEW])
-        )
+        query = sa.select(_ENTRIES.c.leaf, _ENTRIES.c.number).where(_ENTRIES.c.leaf.in_(leaves[start : start + _FEW]))
         found.update({row.leaf: row.number for row in connection.execute(query)})
     return found
 

@@ -370,9 +370,7 @@ class RevocationRecord:
     reason: Text
 
 
-Predicate = (
-    DatasetRecord | ModelRecord | RunRecord | ReleaseRecord | NodeRecord | VerdictRecord | RevocationRecord
-)
+Predicate = DatasetRecord | ModelRecord | RunRecord | ReleaseRecord | NodeRecord | VerdictRecord | RevocationRecord
 PREDICATES: Final[dict[str, type[Predicate]]] = {
     kind.TYPE: kind
     for kind in (
@@ -415,9 +413,7 @@ def sign_record(subject: Subject | list[Subject], predicate: Predicate, signer: 
         "_type": STATEMENT_TYPE,
         "subject": _SUBJECTS.dump_python(subjects, by_alias=True, warnings=False),
         "predicateType": predicate.TYPE,
-        "predicate": _ADAPTERS[predicate.TYPE].dump_python(
-            predicate, by_alias=True, exclude_none=True, warnings=False
-        ),
+        "predicate": _ADAPTERS[predicate.TYPE].dump_python(predicate, by_alias=True, exclude_none=True, warnings=False),
     }
     _parse(Opened(statement, signer.address))
     return seal(statement, PAYLOAD_TYPE, signer)
@@ -436,8 +432,8 @@ def schemas() -> dict[str, str]:
     """A JSON Schema of each predicate, by its file's name."""
     made = {}
     for uri, adapter in _ADAPTERS.items():
-        schema = {"$id": f"{uri}#schema", **adapter.json_schema(by_alias=True)}
         name = re.sub(r"(?<!^)(?=[A-Z])", "-", PREDICATES[uri].__name__).lower()
+        schema = {"$id": f"urn:cloister:schema:{name}:v1", **adapter.json_schema(by_alias=True)}
         made[f"{name}.json"] = json.dumps(schema, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     return made
 

@@ -65,7 +65,7 @@ class Files:
     """Every file under a folder, in the order of their paths as bytes; or one file."""
 
     root: Path
-    on_bytes: Callable[[int], None] = lambda count: None  # told of every block that was read
+    on_bytes: Callable[[int], None] = lambda _count: None  # told of every block that was read
     kind: Kind = "files"
 
     def records(self) -> Iterator[tuple[str, Iterable[bytes]]]:

@@ -79,9 +79,7 @@ def push(
         if registry is None or chain_id is None:
             raise ConfigError("a chain needs --registry ADDRESS and --chain-id ID, so that nothing goes to another one")
         chain = connect(to.split(","))
-        anchor = ChainAnchor(
-            book, Registry.at(chain, registry), signer, chain_id=chain_id, confirmations=confirmations
-        )
+        anchor = ChainAnchor(book, Registry.at(chain, registry), signer, chain_id=chain_id, confirmations=confirmations)
         anchor.anchor(head)
         anchor.wait(timeout)
         lines = anchor.status()

@@ -32,9 +32,10 @@ DataArgument = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder, a .csv, .parquet or .npz file, or module:function.")
 ]
 CommitmentOption = Annotated[
-    Path, typer.Option("--commitment", help="The folder that `cloister dataset commit` wrote; it holds the secret seed.")
+    Path,
+    typer.Option("--commitment", help="The folder that `cloister dataset commit` wrote; it holds the secret seed."),
 ]
-KeyOption = Annotated[str | None, typer.Option("--key", help="The column that names the rows of a CSV or Parquet file.")]
+KeyOption = Annotated[str | None, typer.Option("--key", help="The column that names a CSV or Parquet file's rows.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Where the proof goes.")]
 
 
@@ -186,7 +187,7 @@ def check_command(
     print_record(_line(opened, public.root, None), fmt)
 
 
-def _source(data: str, key: str | None, on_bytes: Callable[[int], None] = lambda count: None) -> Source:
+def _source(data: str, key: str | None, on_bytes: Callable[[int], None] = lambda _count: None) -> Source:
     path = Path(data)
     if not path.exists() and ":" in data:
         if key is not None:
