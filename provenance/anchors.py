@@ -251,9 +251,14 @@ class ChainAnchor:
 
     def _recheck_final(self) -> None:
         """Heads whose final block the chain has lost are on their way again."""
-        for row in reversed(self._rows(_O.state == "final")):
-            block = self._chain.block(row.block_number)
-            if block is not None and block.hash == row.block_hash:
+        query = (
+            sa.select(_OUTBOX).where(_O.target == self.target, _O.state == "final").order_by(_O.size.desc()).limit(1)
+        )
+        while True:
+            with self._log.transaction("reading the outbox") as connection:
+                row = connection.execute(query).one_or_none()
+            block = None if row is None else self._chain.block(row.block_number)
+            if row is None or (block is not None and block.hash == row.block_hash):
                 return
             state = "waiting" if row.nonce is None else "sent"
             self._change(row, state=state, block_number=None, block_hash=None, block_time=None)

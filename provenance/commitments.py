@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from provenance.envelope import canonical, parse_json
 from provenance.merkle import HASH_BYTES, MAX_LEAVES, Frontier, check_inclusion, inclusion_ranges, leaf_hash
 from provenance.sources import Source
 from wire.errors import ConfigError, IdentityError, ProvenanceError
-from wire.files import publish_folder, read_bounded
+from wire.files import read_bounded, sync_folder, write_private
 
 __all__ = [
     "Absence",
@@ -159,33 +161,46 @@ def commit(source: Source, folder: Path, *, on_record: Callable[[], None] = lamb
     """
     if folder.exists():
         raise ConfigError(f"{folder} exists: a commitment is never overwritten, its seed cannot be made again")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        ) as at:
+            partial = Path(at) / "new"
+            partial.mkdir(mode=0o700)
+            made = _hashed(source, partial, on_record)
+            sync_folder(partial)
+            partial.rename(folder)
+            sync_folder(folder.parent)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
+    return made
+
+
+def _hashed(source: Source, folder: Path, on_record: Callable[[], None]) -> Commitment:
+    """Fills a folder with the commitment; nothing but the file of leaves grows with the data set."""
     seed, frontier, last = secrets.token_bytes(32), Frontier(), b""
     order: Literal["name", "position"] = "name"
-    leaves = bytearray()  # 32 bytes a record: the one thing that grows with the data set
-    for index, (name, content) in enumerate(source.records()):
-        leaf_salt, content_salt = _salts(seed, index)
-        key = name.encode()
-        if len(key) > _MAX_NAME_BYTES:
-            raise ConfigError(f"the name of record {index} has {len(key)} bytes; at most {_MAX_NAME_BYTES}")
-        if key <= last:  # also where there is no name
-            order = "position"
-        last = key
-        leaf = _leaf(leaf_salt, name, _content(content_salt, content))
-        leaves += leaf
-        frontier.append(leaf)
-        on_record()
+    with (folder / _LEAVES_FILE).open("xb") as leaves:
+        for index, (name, content) in enumerate(source.records()):
+            leaf_salt, content_salt = _salts(seed, index)
+            key = name.encode()
+            if len(key) > _MAX_NAME_BYTES:
+                raise ConfigError(f"the name of record {index} has {len(key)} bytes; at most {_MAX_NAME_BYTES}")
+            if key <= last:  # also where there is no name
+                order = "position"
+            last = key
+            leaf = _leaf(leaf_salt, name, _content(content_salt, content))
+            leaves.write(leaf)
+            frontier.append(leaf)
+            on_record()
+        leaves.flush()
+        os.fsync(leaves.fileno())
     if not frontier.size:
         raise ConfigError("the data set has no records: there is nothing to commit to")
     made = Commitment(root=frontier.root().hex(), records=frontier.size, kind=source.kind, order=order)
-    files = {
-        _SEED_FILE: seed.hex().encode() + b"\n",
-        _FACTS_FILE: canonical(_COMMITMENT.dump_python(made)) + b"\n",
-        _LEAVES_FILE: bytes(leaves),
-    }
-    try:
-        publish_folder(folder, files)
-    except (FileExistsError, IdentityError) as error:
-        raise ConfigError(f"cannot write {folder}: {error}") from error
+    write_private(folder / _SEED_FILE, seed.hex().encode() + b"\n")
+    write_private(folder / _FACTS_FILE, canonical(_COMMITMENT.dump_python(made)) + b"\n")
     return made
 
 

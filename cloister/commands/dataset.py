@@ -118,7 +118,12 @@ def commit_command(
 @app.command()
 def prove(
     data: DataArgument,
-    record: Annotated[str, typer.Argument(metavar="RECORD", help="Its number, from 0, or its name: a file's path.")],
+    record: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECORD", help="Its name (a file's path, a row's key); its number, from 0, if it has none."
+        ),
+    ],
     *,
     commitment: CommitmentOption,
     out: OutOption,
