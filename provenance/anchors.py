@@ -301,7 +301,10 @@ class ChainAnchor:
         if row.size and size >= row.size:
             self._change(row, **self._standing(row, root, size, number))
             return
-        raise AnchorError(
+        raise self._not_in_control(row)
+
+    def _not_in_control(self, row: sa.Row[Any]) -> AnchorError:
+        return AnchorError(
             f"the registry refuses the head of {row.size} records: {self._signer.address} may not anchor this log (was "
             "the key revoked or rotated?)"
         )
@@ -309,6 +312,9 @@ class ChainAnchor:
     def _send_waiting(self, waiting: Sequence[sa.Row[Any]], height: int) -> None:
         key = self._registry.key_of(self.log_id)
         root, size, number = self._registry.latest(self.log_id)
+        opened = self._rows(_O.size == 0, _O.state.in_(("mined", "final")))
+        if opened and key != self._signer.address:
+            raise self._not_in_control(waiting[0])
         under_way = len(self._rows(_O.state == "sent"))
         for row in waiting:
             if row.size == 0 and key is not None:

@@ -283,18 +283,21 @@ class Training:
     checkpoints: Annotated[list[Checkpoint], Field(max_length=_MOST)] = field(default_factory=list)
 
 
+def _slsa_name(name: str) -> str:
+    return name if name.startswith("cloister_") else to_camel(name)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
     """A finished run; the subject is the final model. ``cloister_training`` is named as SLSA asks of extensions."""
 
-    __pydantic_config__: ClassVar = ConfigDict(**{**_CONFIG, "alias_generator": lambda name: _SLSA.get(name, name)})
+    __pydantic_config__: ClassVar = ConfigDict(
+        alias_generator=_slsa_name, extra="forbid", strict=True, allow_inf_nan=False
+    )
     TYPE: ClassVar = "https://slsa.dev/provenance/v1"
     build_definition: BuildDefinition
     run_details: RunDetails
     cloister_training: Training
-
-
-_SLSA: Final = {"build_definition": "buildDefinition", "run_details": "runDetails"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,18 +374,16 @@ class RevocationRecord:
 
 
 Predicate = DatasetRecord | ModelRecord | RunRecord | ReleaseRecord | NodeRecord | VerdictRecord | RevocationRecord
-PREDICATES: Final[dict[str, type[Predicate]]] = {
-    kind.TYPE: kind
-    for kind in (
-        DatasetRecord,
-        ModelRecord,
-        RunRecord,
-        ReleaseRecord,
-        NodeRecord,
-        VerdictRecord,
-        RevocationRecord,
-    )
-}
+_KINDS: Final[tuple[type[Predicate], ...]] = (
+    DatasetRecord,
+    ModelRecord,
+    RunRecord,
+    ReleaseRecord,
+    NodeRecord,
+    VerdictRecord,
+    RevocationRecord,
+)
+PREDICATES: Final[dict[str, type[Predicate]]] = {kind.TYPE: kind for kind in _KINDS}
 _SUBJECTS: Final = TypeAdapter(Annotated[list[Subject], Field(min_length=1, max_length=_MOST)])
 _ADAPTERS: Final[dict[str, TypeAdapter[Any]]] = {uri: TypeAdapter(kind) for uri, kind in PREDICATES.items()}
 

@@ -32,7 +32,9 @@ _DEEPEST: Final = 32  # tuples in tuples of an item
 class Source(Protocol):
     """A data set, record by record."""
 
-    kind: Kind
+    @property
+    def kind(self) -> Kind:
+        """What its records are."""
 
     def records(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """Each record's name (empty where it has none) and content; the content is read only if it is iterated."""

@@ -330,7 +330,7 @@ def test_T23_a_revoked_key_is_told_and_nothing_is_lost(log: Log, anvil: evm.Anvi
     with pytest.raises(AnchorError, match="may not anchor this log"):
         settle(anchor, anvil)
 
-    assert [line.state for line in anchor.status()] == ["final", "sent"]
+    assert [line.state for line in anchor.status()] == ["final", "waiting"]
 
 
 # Endpoints that lie, stall or die

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from cloister.commands.keys import PassphraseFileOption, read_passphrase
+from cloister.exits import ExitCode
 from cloister.output import Format, FormatOption, print_rows
 from provenance.log import Log
 from wire.errors import ConfigError
@@ -73,7 +74,7 @@ def push(
             dev.fund(signer.address)
             anchor = ChainAnchor(book, dev.registry, signer, chain_id=dev.chain.chain_id(), confirmations=0)
             anchor.anchor(head)
-            anchor.wait(timeout, poll_s=0.05)
+            settled = anchor.wait(timeout, poll_s=0.05)
             lines = anchor.status()
     else:
         if registry is None or chain_id is None:
@@ -81,6 +82,9 @@ def push(
         chain = connect(to.split(","))
         anchor = ChainAnchor(book, Registry.at(chain, registry), signer, chain_id=chain_id, confirmations=confirmations)
         anchor.anchor(head)
-        anchor.wait(timeout)
+        settled = anchor.wait(timeout)
         lines = anchor.status()
     print_rows(lines, fmt, styles=_STYLES)
+    if not settled:
+        typer.echo(f"not final after {timeout:g} s: the same command goes on from here", err=True)
+        raise typer.Exit(ExitCode.TRY_LATER)
