@@ -79,7 +79,7 @@ def run(folder: Path, *, heads: int, seed: int) -> Report:
         anvil.fund(SIGNER.address)
         registry = anvil.deploy()
         anvil.mine(8)
-        time.sleep(1.5)  # the state with the contract is written
+        anvil.write_state()
         with contextlib.closing(Log(f"sqlite:///{folder}/log.sqlite")) as log:
             writer = _started(context, folder, anvil, registry, heads)
             while log.size() < heads or sum(done.values()) < 4:

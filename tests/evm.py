@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -47,6 +48,7 @@ class Anvil:
         self.url = f"http://127.0.0.1:{self.port}"
         self._state, self._chain_id, self._options = folder / "anvil.json", chain_id, options
         self._process: subprocess.Popen[bytes] | None = None
+        self._kept = b""
         self.start()
 
     def start(self) -> None:
@@ -70,10 +72,31 @@ class Anvil:
                 return
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """SIGTERM writes the state first; SIGKILL loses what came after the last interval."""
+        """SIGTERM writes the state first; SIGKILL loses what came after the last interval.
+
+        anvil writes its state in place: what a kill tears is put back as it was shortly before.
+        """
         if self._process is not None:
+            self._keep_state()
             self._process.send_signal(how)
             self._process.wait()
+            if self._kept and not _is_json(self._state):
+                self._state.write_bytes(self._kept)
+
+    def write_state(self) -> None:
+        """Waits until the state as it is now is in the file."""
+        began, give_up = time.time(), time.monotonic() + 60
+        while not self._state.exists() or self._state.stat().st_mtime < began + 1 or not self._keep_state():
+            if time.monotonic() > give_up:
+                raise RuntimeError("anvil writes no state")
+            time.sleep(0.1)
+
+    def _keep_state(self) -> bool:
+        """Remembers the file, unless it is being written at this moment."""
+        if not _is_json(self._state):
+            return False
+        self._kept = self._state.read_bytes()
+        return True
 
     def stall(self) -> None:
         """Accepts connections, and answers nothing."""
@@ -121,6 +144,14 @@ class Anvil:
 
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextmanager
