@@ -292,6 +292,7 @@ class Policy:
             ConfigError: naming the key, and what it may hold.
         """
         given: dict[str, Any] = {}
+        kinds: dict[str, type[Any]] = {"unit": str, "classes": int, "records_per_unit": int}
         for key, value in values.items():
             if key in _NAMES:
                 given[key] = _treatment(key, value)
@@ -299,12 +300,11 @@ class Policy:
                 given[key] = _relation(value)
             elif key in {"epsilon", "delta"}:
                 given[key] = _number(key, value)
-            elif type(value) is {"unit": str, "classes": int, "records_per_unit": int}.get(key):
+            elif type(value) is kinds.get(key):
                 given[key] = value
             else:
-                raise ConfigError(
-                    f"privacy.{key} = {value!r}: no such key, or no such value; see docs/reference/job-file.md"
-                )
+                wrong = f"= {value!r}: not a {kinds[key].__name__}" if key in kinds else "is no such key"
+                raise ConfigError(f"privacy.{key} {wrong}; see docs/reference/job-file.md")
         if "activations" not in given:
             raise ConfigError(
                 'privacy.activations is missing: write "moments", "aggregate" or "rows"; "clear" lets them leave as '
