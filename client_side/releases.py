@@ -105,7 +105,7 @@ class Releases:
     def _claim(self, loader: Loader, resumed: Checkpoint | None) -> None:
         """Tells the guard what is trained on, and how."""
         policy, known, digest = self._guard.policy, self._guard.data_set, data_set_of(loader, read=False)
-        name = self.planned_name(loader)
+        name = self._data_set or digest or self.planned_name(loader)
         other = known not in (None, name) or (self._digest is not None and digest != self._digest)
         if policy != CLEAR and (name is None or other):
             raise ConfigError(

@@ -28,6 +28,7 @@ __all__ = [
     "METRICS_FILE",
     "MODEL_FILE",
     "RESULT_FILE",
+    "RESULT_FILES",
     "Interruption",
     "RunFolder",
     "last_step",
@@ -41,6 +42,7 @@ RESULT_FILE: Final = "result.json"
 JOB_FILE: Final = "job.json"
 METRICS_FILE: Final = "metrics.jsonl"
 CARD_FILE: Final = "model-card.md"
+RESULT_FILES: Final = (RESULT_FILE, CARD_FILE, MODEL_FILE)  # what a run's end leaves
 _TAIL_BYTES: Final = 4096  # some lines of metrics
 
 
@@ -63,7 +65,7 @@ class RunFolder(Callback):
         self._metrics: TextIO | None = None
         self._rows, self._seconds = 0, 0.0
         self._first = (0, 0.0)
-        old = [name for name in (RESULT_FILE, MODEL_FILE, METRICS_FILE, JOB_FILE) if (self.path / name).exists()]
+        old = [name for name in (*RESULT_FILES, METRICS_FILE, JOB_FILE) if (self.path / name).exists()]
         if old and not force and not resume:
             raise ConfigError(
                 f"{self.path} holds a run already ({', '.join(old)}): go on with it by `cloister train --resume "
@@ -102,7 +104,7 @@ class RunFolder(Callback):
             for partial in self.path.glob(".*.partial"):  # what a killed process left half-written
                 partial.unlink()
             # Of the run that is replaced, or of this one before it was resumed.
-            for name in (RESULT_FILE, CARD_FILE, MODEL_FILE):
+            for name in RESULT_FILES:
                 (self.path / name).unlink(missing_ok=True)
             write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
         except OSError as error:

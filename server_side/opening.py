@@ -30,7 +30,8 @@ ID_BYTES: Final = 16
 _DIGEST_BYTES: Final = 32
 _MAX_ROWS: Final = 2**20  # rows of one micro-batch; no model has use for more
 _MAX_STEP: Final = 2**53
-_HEADER_BYTES: Final = 16 * 2**20  # what safetensors' header may add to the tensors' own bytes
+_FRAME_BYTES: Final = 4096  # of a state: what says how long its header is, a table's rows, padding
+_ENTRY_BYTES: Final = 256  # of a state's header: a tensor's dtype, shape and place, and what stands before its name
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ def read_state(
         StateRejectedError: other bytes than announced.
     """
     copies = 2 + _optimizer_slots(plan.optimizer)  # the tensors, their gradients, the optimizer's own
-    if spec.state_bytes > copies * program.state_bytes + spec.rows_bytes + _HEADER_BYTES:
+    header = _FRAME_BYTES + copies * sum(len(s.name.encode()) + _ENTRY_BYTES for s in program.state)
+    if spec.state_bytes > copies * program.state_bytes + spec.rows_bytes + header:
         raise SpecRejectedError(
             f"{spec.state_bytes} bytes of state for a program whose tensors hold {program.state_bytes}"
         )
@@ -166,7 +168,7 @@ def read_state(
             data = _kept(kept, owner, spec)
         else:
             data = gather(_chunks(parts, spec.state_bytes), spec.state_bytes, spec.state_sha256, "state")
-        tensors = load_state(data)
+        tensors = load_state(data, header_bytes=header)
         _check_rows(tensors, spec)
         return Opening(plan, program, tensors, reservation)
     except BaseException:

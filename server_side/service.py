@@ -129,15 +129,17 @@ class NodeService:
                 if ended.is_set():
                     raise SessionSupersededError("a newer stream works on this session")
                 answer.draining = self.draining
-                yield answer
+                try:
+                    yield answer
+                finally:  # an owner who hangs up now ends the generator here: its frame counts all the same
+                    # After the session has checked them: counting by foreign headers could take for ever.
+                    metrics.received(min(payload_bytes(request.frame.tensors), most))
+                    metrics.sent(payload_bytes(answer.tensors))
+                    metrics.frame_answered(answer.phase, answer.compute_s)
+                    if answer.updated:
+                        metrics.step_applied()
                 # While the answer travels and the owner goes on.
                 stay.session.settle()
-                # After the session has checked them: counting by foreign headers could take for ever.
-                metrics.received(min(payload_bytes(request.frame.tensors), most))
-                metrics.sent(payload_bytes(answer.tensors))
-                metrics.frame_answered(answer.phase, answer.compute_s)
-                if answer.updated:
-                    metrics.step_applied()
 
     def Infer(
         self,

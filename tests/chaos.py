@@ -33,6 +33,7 @@ from client_side.checkpoints import CheckpointFile, list_checkpoints
 from client_side.snapshots import SnapshotStore
 from client_side.spawn import LocalNode
 from tests.chaos_job import EVERY, STATE, STEPS_PER_EPOCH, ChaosError, compare, job
+from tests.disks import mount
 from wire.errors import CheckpointError
 
 __all__ = ["Chaos", "ChaosError", "Plan", "main"]
@@ -189,7 +190,7 @@ class Chaos:
         """
         began = time.monotonic()
         self._disk.mkdir(parents=True)
-        self._mounted = _mount(self._disk)
+        self._mounted = mount(self._disk, DISK_BYTES) is None
         try:
             self._nodes.append(_Node("A", self._folder / "A"))
             with ThreadPoolExecutor(1) as meanwhile:
@@ -560,15 +561,6 @@ def _fill(file: Path) -> None:
     with contextlib.suppress(OSError), file.open("wb", buffering=0) as opened:
         while True:
             opened.write(bytes(4096))
-
-
-def _mount(folder: Path) -> bool:
-    """A small disk of its own, where that is permitted."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    try:
-        return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 @contextlib.contextmanager

@@ -14,13 +14,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 POSTGRES_START_S: Final = 30.0
 POSTGRES_MISSING: Final = "no PostgreSQL server here (initdb and postgres): apt-get install postgresql"
+NO_SKIPS: Final = "CLOISTER_NO_SKIPS"
+NO_CUDA: Final = "no CUDA device here"  # how the reason of a skip for want of a GPU starts
 DRIVER_MISSING: Final = "no PostgreSQL driver here: pip install 'cloister[postgres]'"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where ``NO_SKIPS`` is set, as in CI, a test that is skipped for want of anything but a GPU fails."""
+    del item, call
+    report = yield
+    if os.environ.get(NO_SKIPS) and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if NO_CUDA not in reason:
+            report.outcome, report.longrepr = "failed", f"with {NO_SKIPS} set, no test may be skipped: {reason}"
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """As many as the tests' nodes have: bits depend on it. And two that wait for each other make small tensors slow."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

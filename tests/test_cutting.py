@@ -780,15 +780,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNode]:
         yield running
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as the node has: sums depend on them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class InPlaceHead(nn.Module):
     """What comes down, and what stayed, is changed in place by the head."""
 
@@ -857,7 +848,6 @@ def assert_same(states: dict[str, dict[str, Tensor]]) -> None:
             assert torch.equal(state[key], reference[key]), (name, key)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", list(TRAINED))
 @pytest.mark.parametrize(("count", "in_flight"), [(1, 1), (3, 2)])
 def test_training_through_a_node_equals_a_plain_loop_over_the_uncut_model(
@@ -878,7 +868,6 @@ def test_training_through_a_node_equals_a_plain_loop_over_the_uncut_model(
     assert_same(states)
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("in_flight", [1, 2, 4])
 def test_weights_tied_between_front_and_head_are_trained_as_in_a_plain_loop(node: LocalNode, in_flight: int) -> None:
     model = Tied()

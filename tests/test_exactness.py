@@ -44,14 +44,6 @@ OPTIMIZERS: dict[str, cloister.SGD | cloister.AdamW] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cloister.LocalNode]:
     with cloister.LocalNode(tmp_path_factory.mktemp("node"), threads=1) as running:
@@ -124,8 +116,15 @@ def test_split_training_equals_unsplit_training_to_the_bit(
         assert moved >= {n for n, p in initial.named_parameters() if p.requires_grad}
 
 
-def test_two_threads_a_process_are_exact_too(tmp_path: Path) -> None:
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_two_threads_a_process_are_exact_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = models.small_resnet(classes=CLASSES, width=16)
     split = copy.deepcopy(expected)

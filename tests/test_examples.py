@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -73,15 +73,6 @@ CASES = [
     Case("small_cnn", models.small_cnn, models.small_cnn_example, (10,), "stem body head"),
     Case("digits", digits.model, models.small_resnet_example, (10,), "stem body head"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small models on a busy machine run many times faster on one thread than on two that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

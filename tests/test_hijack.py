@@ -23,14 +23,6 @@ from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 CLASSES: Final = 10
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def hijacking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HijackingNode]:
     with HijackingNode(tmp_path_factory.mktemp("hijacking"), "digits", Attack()) as node:

@@ -67,15 +67,12 @@ class Constant(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_few_steps() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_FEWEST_STEPS", 40)
         patch.setattr(decoding, "_EPOCHS", 2)
         patch.setattr("privacy.leakage.bench._EPOCHS", 2)
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -58,16 +58,23 @@ matrices = st.integers(1, 5).flatmap(
 
 
 def moments(
-    rows: torch.Tensor, labels: torch.Tensor, *, per_class: bool = True, sigma: float = TINY, seed: int = 0
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    classes: int = 3,
+    per_class: bool = True,
+    weights: torch.Tensor | None = None,
+    sigma: float = TINY,
+    seed: int = 0,
 ) -> Moments:
     return noisy_moments(
         rows,
         labels,
-        classes=3,
+        classes=classes,
         count_weight=0.5,
         second_weight=0.7,
         per_class=per_class,
-        weights=None,
+        weights=weights,
         sigma=sigma,
         noise=Noise._seeded(seed),
     )
@@ -105,20 +112,24 @@ def test_no_seed_copy_or_fork_brings_noise_back() -> None:
     assert len({tuple(x.tolist()) for x in drawn}) == len(drawn)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the child ends at once, whatever threads there are
 def test_a_forked_process_draws_its_own_noise() -> None:
     noise = Noise()
     reading, writing = os.pipe()
     if not (child := os.fork()):
-        os.write(writing, np.asarray(noise.gaussian((8,), 1.0)).tobytes())
-        os._exit(0)
-    os.waitpid(child, 0)
-    theirs = np.frombuffer(os.read(reading, 64))
-    os.close(reading)
+        left = 1
+        try:
+            os.write(writing, np.asarray(noise.gaussian((8,), 1.0)).tobytes())
+            left = 0
+        finally:
+            os._exit(left)
     os.close(writing)
+    drawn = os.read(reading, 65)
+    os.close(reading)
 
-    assert not np.array_equal(theirs, noise.gaussian((8,), 1.0).numpy())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(drawn) == 64
+    assert not np.array_equal(np.frombuffer(drawn), noise.gaussian((8,), 1.0).numpy())
 
 
 def test_seeded_noise_is_for_tests_and_repeats() -> None:
@@ -269,17 +280,7 @@ def test_moments_are_counts_sums_and_second_moments(per_class: bool) -> None:  #
 def test_a_units_records_weigh_what_one_record_weighs() -> None:
     rows, labels = unit_rows(torch.randn(7, 4, dtype=torch.float64)), torch.tensor([0, 0, 0, 1, 1, 1, 1])
     weights = torch.tensor([1 / 3] * 3 + [1 / 4] * 4)
-    made = noisy_moments(
-        rows,
-        labels,
-        classes=2,
-        count_weight=1.0,
-        second_weight=1.0,
-        per_class=True,
-        weights=weights,
-        sigma=TINY,
-        noise=Noise(),
-    )
+    made = moments(rows, labels, classes=2, weights=weights)
 
     assert torch.allclose(made.counts, torch.ones(2, dtype=torch.float64), atol=1e-6)
     assert torch.allclose(made.sums[1], rows[3:].mean(0), atol=1e-6)

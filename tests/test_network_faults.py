@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-import torch
 
 import cloister
 from bench.relay import Relay
@@ -31,14 +30,6 @@ from wire.identity import create_identity
 
 SEED: Final = 20
 HEAD_BYTES: Final = 100  # of a frame: TLS record, HTTP/2 frame, gRPC prefix, and the beginning of the message
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

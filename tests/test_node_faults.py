@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import os
 import secrets
 import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -42,6 +40,7 @@ from server_side.metrics import Metrics
 from server_side.node import NodeConfig, start_node
 from server_side.opening import Opening
 from server_side.table import SessionRow, SessionState, SessionTable
+from tests.disks import small_disk
 from tests.released import released
 from tests.wire_client import Good, Job, WireClient, frame, new_owner, plan_of_job, reason_of
 from wire.errors import SessionLostError, UnreachableError, WireError, error_from_rpc
@@ -54,14 +53,6 @@ from wire.trust import Trust
 MIB: Final = 2**20
 FORWARD, BACKWARD = node_pb2.PHASE_FORWARD, node_pb2.PHASE_BACKWARD
 X, G = torch.ones(4, 6), torch.ones(4, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -182,19 +173,6 @@ def _open_without_end(node: LocalNode, job: Job) -> None:
 
 
 # --- T07: a full disk
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of 1 MiB at ``folder``."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("only root can mount a small file system: run this test as root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_T07_a_full_disk_refuses_openings_and_leaves_live_sessions_alone(home: Path, tiny: Job) -> None:

@@ -25,12 +25,6 @@ FEATURES, CLASSES, RECORDS = 12, 3, 600
 DELTA = 1e-5
 
 
-class UnitRows(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = nn.functional.normalize(x, dim=1)
-        return made
-
-
 def records(seed: int = 0, count: int = RECORDS) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(99)) * 2
@@ -44,7 +38,7 @@ def loader(seed: int = 0) -> DataLoader[Any]:
 
 def model(*, learns: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
-    front = nn.Sequential(nn.Linear(FEATURES, FEATURES), UnitRows())
+    front = nn.Sequential(nn.Linear(FEATURES, FEATURES), cloister.UnitRows())
     front.requires_grad_(learns)
     return nn.Sequential(front, nn.Linear(FEATURES, 32), nn.ReLU(), nn.Linear(32, CLASSES))
 

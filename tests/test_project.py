@@ -76,7 +76,8 @@ def test_the_stubs_load_in_the_oldest_protobuf_and_in_the_next_major(version: st
         [*pip, "--target", tmp_path, f"protobuf=={version}"], check=False, capture_output=True, text=True
     )
     if got.returncode:
-        pytest.skip(f"protobuf {version} cannot be had from the package index: {got.stderr.strip().splitlines()[-1]}")
+        said = got.stderr.strip().splitlines() or [f"pip ended with {got.returncode}"]
+        pytest.skip(f"no protobuf {version} from the package index (let this machine reach it): {said[-1]}")
     script = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
         "import google.protobuf\n"

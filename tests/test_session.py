@@ -44,14 +44,6 @@ CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterable[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def middle(seed: int = 0, *, dropout: float = 0.0) -> nn.Sequential:
     """``[B, 3]`` to ``[B, 2]``, with batch statistics that a refused frame might move."""
     torch.manual_seed(seed)

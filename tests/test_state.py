@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wire.errors import StateRejectedError
-from wire.state import OPTIMIZER_PREFIX, STATE_PREFIX, chunks, dump_state, gather, load_state, sha256, split_state
+from wire.state import (
+    MAX_HEADER_BYTES,
+    OPTIMIZER_PREFIX,
+    STATE_PREFIX,
+    chunks,
+    dump_state,
+    gather,
+    load_state,
+    sha256,
+    split_state,
+)
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:
@@ -110,6 +120,18 @@ REFUSED: dict[str, bytes] = {
 def test_T01_T02_bytes_that_are_no_tensors_are_refused(name: str) -> None:
     with pytest.raises(StateRejectedError):
         load_state(REFUSED[name])
+
+
+def test_T02_a_header_is_bounded_before_it_is_read() -> None:
+    """Empty tensors weigh nothing in the file and more than a kilobyte each in memory."""
+    many = packed({f"{number}": entry(shape=(0,), end=0) for number in range(90_000)})
+    few = packed({"a": entry()}, bytes(8))
+
+    with pytest.raises(StateRejectedError, match=f"the state's header holds .* at most {MAX_HEADER_BYTES} are read"):
+        load_state(many)
+    with pytest.raises(StateRejectedError, match="at most 16 are read"):
+        load_state(few, header_bytes=16)
+    assert torch.equal(load_state(few, header_bytes=200)["a"], torch.zeros(2))
 
 
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=6))

@@ -28,6 +28,7 @@ from alembic.runtime.migration import MigrationContext
 from server_side import table as table_module
 from server_side.migrations import SCHEMA
 from server_side.table import RETENTION, OwnerUsage, SessionRow, SessionState, SessionTable
+from tests.disks import small_disk
 from wire import database as database_module
 from wire.errors import ConfigError, SessionNotFoundError, SessionReusedError, SpecRejectedError, StorageError
 
@@ -603,20 +604,6 @@ def test_a_closed_table_says_that_the_node_shuts_down(table: SessionTable) -> No
         table.find(bytes(16))
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, where this machine lets us make one."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small disk here: {mounted.stderr.strip()}; run the tests as root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def open_until_refused(table: SessionTable, opened: list[SessionRow]) -> None:
     """Opens sessions and lists them; the last one listed is the one that was refused."""
     for _ in range(1000):
@@ -627,9 +614,9 @@ def open_until_refused(table: SessionTable, opened: list[SessionRow]) -> None:
 def test_T07_a_full_disk_refuses_sessions_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before, after = row(), row()
     opened: list[SessionRow] = []
-    with small_disk(tmp_path) as disk, contextlib.closing(SessionTable(f"sqlite:///{disk}/s.sqlite")) as table:
+    with small_disk(tmp_path), contextlib.closing(SessionTable(f"sqlite:///{tmp_path}/s.sqlite")) as table:
         table.open(before)
-        with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        with (tmp_path / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while True:
                 ballast.write(bytes(4096))
 
@@ -640,7 +627,7 @@ def test_T07_a_full_disk_refuses_sessions_and_loses_none(tmp_path: Path, caplog:
         assert table.find(refused.session_id) is None
         assert set(table.open_sessions(NODE)) == {before, *opened}
 
-        (disk / "ballast").unlink()
+        (tmp_path / "ballast").unlink()
         table.open(after)
         assert set(table.open_sessions(NODE)) == {before, *opened, after}
 

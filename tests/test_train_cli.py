@@ -118,15 +118,6 @@ def trained(node: cloister.LocalNode, tmp_path_factory: pytest.TempPathFactory) 
     return Run(folder, ran.stderr, json.loads(ran.stdout))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Here too: bits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Inside:
     """The program without a process of its own, where only its words and its code matter: importing takes seconds."""
 

@@ -16,14 +16,6 @@ from wire.errors import TensorRejectedError
 ROWS, FEATURES, CLASSES = 8, 6, 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cloister.LocalNode]:
     with cloister.LocalNode(tmp_path_factory.mktemp("node"), threads=1) as running:

@@ -15,6 +15,7 @@ from wire.errors import StateRejectedError
 
 __all__ = [
     "CHUNK_BYTES",
+    "MAX_HEADER_BYTES",
     "OPTIMIZER_PREFIX",
     "ROWS_PREFIX",
     "STATE_PREFIX",
@@ -31,6 +32,9 @@ __all__ = [
 STATE_PREFIX: Final = "state/"
 OPTIMIZER_PREFIX: Final = "optimizer/"
 ROWS_PREFIX: Final = "rows/"  # a table that frames name rows of
+# A tensor takes some 100 bytes of the header and some 1,300 of memory, even an empty one; safetensors reads 100 MB.
+MAX_HEADER_BYTES: Final = 4 * 2**20
+_LENGTH_BYTES: Final = 8
 CHUNK_BYTES: Final = 4 * 2**20  # large enough to fill a fast link, small enough to share it
 
 
@@ -39,12 +43,19 @@ def dump_state(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return safetensors.torch.save({name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()})
 
 
-def load_state(data: bytes) -> dict[str, torch.Tensor]:
+def load_state(data: bytes, *, header_bytes: int = MAX_HEADER_BYTES) -> dict[str, torch.Tensor]:
     """The tensors of ``data``, which may be anybody's; the caller has bounded its length.
 
+    Args:
+        data: a safetensors file: its header's length in 8 bytes, the header, the tensors' own bytes.
+        header_bytes: the longest header that is read, where the caller knows which tensors there should be.
+
     Raises:
-        StateRejectedError: not safetensors, or a boolean that is neither 0 nor 1.
+        StateRejectedError: not safetensors, a longer header, or a boolean that is neither 0 nor 1.
     """
+    announced = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if announced > header_bytes:
+        raise StateRejectedError(f"the state's header holds {announced} bytes; at most {header_bytes} are read")
     try:
         # A JSON header of bounded length and raw bytes: unlike torch's own files, nothing in them can run.
         tensors = safetensors.torch.load(data)
