@@ -204,7 +204,7 @@ def _cut(trial: Trial) -> cloister.Cut:
         first = nn.Linear(width, width)
         nn.init.eye_(first.weight)
         front = nn.Sequential(first, UnitRows())
-    head = nn.Identity() if trial.treatment.fresh else None
+    head = nn.Identity() if trial.treatment.u_shape else None
     return cloister.Cut(front=front, middle=_middle(trial, width, classes), head=head, example=trial.features.train[:4])
 
 

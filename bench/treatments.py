@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any, Final
 
 import cloister
 from privacy.accounting import Relation, gaussian_noise
+from privacy.ledger import Budget
+from privacy.tables import plan_table
 
 __all__ = ["BATCH", "CLEAR", "FRESH_EPOCHS", "TREATMENTS", "Treatment"]
 
@@ -27,7 +30,8 @@ class Treatment:
         every_front: whether it is measured on all fronts, not on the first alone.
         deep: whether the middle has a hidden layer; what noised rows teach, one layer holds.
         steps: of training; epochs are as many as that takes.
-        fresh: whether records leave anew in each of ten epochs, in the U-shape.
+        fresh: whether records leave anew in each of ten epochs.
+        u_shape: whether labels stay, and output gradients leave anew as well.
         learns: whether the front trains.
     """
 
@@ -38,6 +42,7 @@ class Treatment:
     deep: bool = False
     steps: int = 100
     fresh: bool = False
+    u_shape: bool = False
     learns: bool = False
 
 
@@ -48,29 +53,40 @@ def _rows(more: dict[str, Any]) -> cloister.Policy:
 
 
 def _fresh_rows(more: dict[str, Any]) -> cloister.Policy:
-    return _anew(more, kinds=2)
+    return _anew(more, learns=False)
 
 
 def _learning_front(more: dict[str, Any]) -> cloister.Policy:
-    return _anew(more, kinds=3)
+    return _anew(more, learns=True)
 
 
-def _anew(more: dict[str, Any], kinds: int) -> cloister.Policy:
-    """Rows, output gradients and perhaps the front's updates, each with an equal share of μ² in each epoch."""
+def _anew(more: dict[str, Any], *, learns: bool) -> cloister.Policy:
+    """What :func:`_rows` gives to rows that leave once, in equal shares of μ² for all epochs, and for the front."""
+    once = _rows(more)
+    alone = plan_table(once, Budget(once.epsilon, once.delta, once.relation)).treatment.noise or 0.0
+    noise = alone * math.sqrt(FRESH_EPOCHS * (2 if learns else 1))
+    # A unit's records leave in rows of their own (square root), but add up in one gradient.
+    dp_sgd = cloister.DpSgd(clip=1.0, noise=noise * math.sqrt(once.records_per_unit))
+    return dataclasses.replace(
+        once,
+        activations=cloister.Rows(clip=1.0, noise=noise, once=False),
+        front=dp_sgd if learns else cloister.Frozen(),
+    )
+
+
+def _fresh_rows_and_gradients(more: dict[str, Any]) -> cloister.Policy:
+    """Labels stay; rows and output gradients have equal shares of μ² in each epoch."""
     noise = gaussian_noise(
         epsilon=more["epsilon"],
         delta=more["delta"],
         sensitivity=1.0 if more["relation"] is Relation.ADD_REMOVE else 2.0,
-        count=FRESH_EPOCHS * kinds,
-    )
-    reach = more.get("records_per_unit", 1)
-    dp_sgd = cloister.DpSgd(clip=1.0, noise=noise * reach)
+        count=FRESH_EPOCHS * 2,
+    ) * math.sqrt(more.get("records_per_unit", 1))
     return cloister.Policy(
-        activations=cloister.Rows(clip=1.0, noise=noise * math.sqrt(reach), once=False),
+        activations=cloister.Rows(clip=1.0, noise=noise, once=False),
         labels=cloister.Never(),
         # A record's gradient is that of a mean over the batch.
-        gradients=cloister.GaussianRows(clip=1.0 / BATCH, noise=noise * math.sqrt(reach)),
-        front=dp_sgd if kinds > 2 else cloister.Frozen(),  # noqa: PLR2004 - rows and gradients are two
+        gradients=cloister.GaussianRows(clip=1.0 / BATCH, noise=noise),
         **more,
     )
 
@@ -96,6 +112,7 @@ def _of_moments(more: dict[str, Any], *, per_class: bool) -> cloister.Policy:
 TREATMENTS: Final = (
     Treatment("rows, once", _rows, row_by_row=True),
     Treatment("rows, anew each epoch", _fresh_rows, row_by_row=True, fresh=True),
+    Treatment("rows and gradients, anew", _fresh_rows_and_gradients, row_by_row=True, fresh=True, u_shape=True),
     Treatment("rows anew, front with DP-SGD", _learning_front, row_by_row=True, fresh=True, learns=True),
     Treatment("aggregate", _aggregate, deep=True, steps=100),
     Treatment("moments", _moments, every_front=True, deep=True, steps=240),

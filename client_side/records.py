@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from client_side.cutting import Cut
 from client_side.disk import disk_errors, write_whole
@@ -21,9 +22,19 @@ from privacy.tables import Records, ReleasedTable
 from wire.errors import CheckpointError, ConfigError, StateRejectedError
 from wire.state import load_state
 
-__all__ = ["collect", "data_set_of", "load_table", "mixing", "repeats_no_record", "save_table", "table_loader"]
+__all__ = [
+    "collect",
+    "data_set_of",
+    "labels_of",
+    "load_released",
+    "mixing",
+    "numbered",
+    "repeats_no_record",
+    "save_released",
+    "table_loader",
+]
 
-_TABLE: Final = "released.safetensors"
+_RELEASED: Final = "released.safetensors"
 _BATCH: Final = 256
 
 
@@ -146,30 +157,76 @@ def table_loader(table: ReleasedTable, loader: object, seed: int) -> DataLoader[
     )
 
 
-def save_table(folder: Path, table: ReleasedTable) -> None:
-    """Keeps a table with its run: it was paid for.
+class _Numbered(Dataset[tuple[Any, ...]]):
+    """The records of another data set, each with its number in place of its label."""
+
+    def __init__(self, data: Any) -> None:  # noqa: ANN401 - a map-style data set, whatever its types
+        self._data = data
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        *inputs, label = self._data[number]
+        return (*inputs, torch.tensor(number) if isinstance(label, torch.Tensor) else number)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+def numbered(loader: Any) -> DataLoader[tuple[Any, ...]]:  # noqa: ANN401 - a DataLoader, whatever its types
+    """``loader``, with each record's number in the data set's order in place of its label.
+
+    Raises:
+        ConfigError: it is not one of torch's own, or has a ``batch_sampler``.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or type(batches) is not BatchSampler or batches.sampler is not loader.sampler:
+        raise ConfigError(
+            "privacy: labels that are randomized once are told apart by their records: give a DataLoader over a data "
+            "set that can be read in order, without a batch_sampler"
+        )
+    return DataLoader(
+        _Numbered(loader.dataset),
+        batch_size=loader.batch_size,
+        sampler=loader.sampler,
+        drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def labels_of(loader: object) -> torch.Tensor:
+    """Each record's label, in the data set's order; reads all of it."""
+    return torch.cat([batch[-1].cpu() for batch in _in_order(loader)])
+
+
+def save_released(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Keeps with a run what it released once: it was paid for.
 
     Raises:
         CheckpointError: the disk is full, or fails.
     """
-    tensors = {"rows": table.rows} | ({} if table.labels is None else {"labels": table.labels})
-    write_whole(folder / _TABLE, safetensors.torch.save(tensors))
+    write_whole(folder / _RELEASED, safetensors.torch.save(dict(tensors)))
 
 
-def load_table(folder: Path) -> ReleasedTable:
-    """The table that the run in ``folder`` released.
+def load_released(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """What the run in ``folder`` released once; ``name`` is among it.
 
     Raises:
         CheckpointError: it is damaged, or gone.
     """
-    path = folder / _TABLE
+    path = folder / _RELEASED
     with disk_errors(path):
         data = path.read_bytes()
-    try:
+    with contextlib.suppress(StateRejectedError):
         tensors = load_state(data)
-        return ReleasedTable(tensors["rows"], tensors.get("labels"))
-    except (StateRejectedError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: start a new run; what was spent stays spent") from error
+        if name in tensors:
+            return tensors
+    raise CheckpointError(f"{path} is damaged: start a new run; what was spent stays spent")
 
 
 def _in_order(loader: Any) -> Iterator[Sequence[torch.Tensor]]:  # noqa: ANN401 - a DataLoader, whatever its types

@@ -14,10 +14,12 @@ from client_side.passes import Loader
 from client_side.records import (
     collect,
     data_set_of,
-    load_table,
+    labels_of,
+    load_released,
     mixing,
+    numbered,
     repeats_no_record,
-    save_table,
+    save_released,
     table_loader,
 )
 from privacy.guard import Guard, Situation
@@ -46,16 +48,17 @@ class Releases:
         self._data_set, self._units, self._seed = data_set, units, seed
         self._claimed: Loader | None = None
         self._table: ReleasedTable | None = None
+        self._labelled = False
         self._digest: str | None = None
         self._learns = (False, False)
 
     def loader(self, loader: Loader, folder: Path | None, resumed: Checkpoint | None) -> Loader:
-        """What to train on: ``loader`` itself, or the table that its records are released as.
+        """What to train on: ``loader`` itself, its records without labels, or the table that they are released as.
 
         Args:
             loader: of the records.
-            folder: where the run keeps its table.
-            resumed: where the run goes on from; its table was paid for.
+            folder: where the run keeps what it releases once.
+            resumed: where the run goes on from; what it released once was paid for.
 
         Raises:
             ConfigError: the data set has no name, or is another one than before; or a treatment does not fit it.
@@ -65,16 +68,37 @@ class Releases:
         if loader is not self._claimed:
             self._claim(loader, resumed)
             self._claimed = loader
-        if self._guard.policy.table is None:
-            return loader
-        if self._table is None and folder is not None and resumed is not None:
-            self._table = load_table(folder)
+        kept = folder if resumed is not None else None
+        if self._guard.policy.table is not None:
+            return table_loader(self._tabled(loader, folder, kept), loader, self._seed)
+        if self._guard.policy.labels_apart and self._cut.head is None:
+            unlabelled = numbered(loader)
+            self._draw_labels(loader, folder, kept)
+            return unlabelled
+        return loader
+
+    def _tabled(self, loader: Loader, folder: Path | None, kept: Path | None) -> ReleasedTable:
+        if self._table is None and kept is not None:
+            tensors = load_released(kept, "rows")
+            self._table = ReleasedTable(tensors["rows"], tensors.get("labels"))
             self._guard.adopt(self._table)
         if self._table is None:
             self._table = self._guard.table(collect(self._cut, loader, self._units))
             if folder is not None:
-                save_table(folder, self._table)
-        return table_loader(self._table, loader, self._seed)
+                labels = {} if self._table.labels is None else {"labels": self._table.labels}
+                save_released(folder, {"rows": self._table.rows} | labels)
+        return self._table
+
+    def _draw_labels(self, loader: Loader, folder: Path | None, kept: Path | None) -> None:
+        if self._labelled:
+            return
+        if kept is not None:
+            self._guard.adopt_labels(load_released(kept, "labels")["labels"])
+        else:
+            labels = self._guard.draw_labels(labels_of(loader))
+            if folder is not None:
+                save_released(folder, {"labels": labels})
+        self._labelled = True
 
     def name_of(self, loader: object) -> str | None:
         """What a loader's records are called in the ledger: the training data's own name, where they are those."""

@@ -177,15 +177,15 @@ class StepRunner:
     def _forward(self, step: int, number: int, micro_batch: MicroBatch, *, last: bool) -> None:
         seed_stream(self._seed, "front", step, number)
         smashed, kept, rows = self._smashed(micro_batch)
-        labels = micro_batch.labels
         vanilla = self._cut.head is None
+        labels = self._guard.labels(micro_batch.labels) if vanilla and rows is None else None
         self._link.send(
             encode_frame(
                 step=step,
                 micro_batch=number,
                 phase=node_pb2.PHASE_LOSS if vanilla else node_pb2.PHASE_FORWARD,
                 tensors=smashed,
-                labels=self._guard.labels(labels) if vanilla and rows is None else None,
+                labels=labels,
                 rows=rows,
                 loss_weight=micro_batch.weight if vanilla else 0.0,
                 update=vanilla and last,
@@ -195,9 +195,8 @@ class StepRunner:
         leaves = tuple(k.detach().requires_grad_(k.requires_grad or (again and k.is_floating_point())) for k in kept)
         nothing: list[torch.Tensor | None] = [None] * len(self._tied)
         sent = tuple(released.tensor for released in smashed)
-        flying = _Flying(
-            number, micro_batch.inputs, sent, kept, leaves, labels.to(self._device), micro_batch.weight, nothing
-        )
+        known = (micro_batch.labels if labels is None else labels.tensor).to(self._device)
+        flying = _Flying(number, micro_batch.inputs, sent, kept, leaves, known, micro_batch.weight, nothing)
         self._flying.append(flying)
 
     def _smashed(self, micro_batch: MicroBatch) -> tuple[Sequence[Released], Batch, Released | None]:

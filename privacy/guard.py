@@ -34,7 +34,16 @@ from privacy.policy import (
     holes,
     treatment_name,
 )
-from privacy.tables import Records, ReleasedTable, check_records, make_table, plan_table
+from privacy.tables import (
+    Records,
+    ReleasedTable,
+    check_labels,
+    check_records,
+    label_releases,
+    make_labels,
+    make_table,
+    plan_table,
+)
 from wire.errors import ConfigError, ReleaseRefusedError
 
 __all__ = ["Guard", "Released", "Situation", "fresh_releases"]
@@ -106,6 +115,7 @@ class Guard:
         self._noise = Noise()
         self._situation: Situation | None = None
         self._table: ReleasedTable | None = None
+        self._labels: Tensor | None = None
         self._inferred: set[str] = set()
         self._lock = threading.Lock()
         self._sent: dict[str, int] = {}
@@ -256,6 +266,27 @@ class Guard:
         """Takes a table that this run released before it was interrupted: it costs nothing again."""
         self._table = table
 
+    def draw_labels(self, labels: Tensor) -> Tensor:
+        """Randomizes the labels of all records once, where the policy keeps them apart from its rows.
+
+        Args:
+            labels: int64 ``[N]``, in the data set's order.
+
+        Returns:
+            what may leave from now on, for the run to keep.
+
+        Raises:
+            BudgetSpentError, ConfigError: see :mod:`privacy.tables`.
+        """
+        check_labels(self.policy, labels)
+        self._spend(label_releases(self.policy))
+        self._labels = make_labels(self.policy, labels, self._noise)
+        return self._labels
+
+    def adopt_labels(self, labels: Tensor) -> None:
+        """Takes labels that this run drew before it was interrupted: they cost nothing again."""
+        self._labels = labels
+
     def begin_pass(self, step: int) -> bool:
         """Before the first byte of a pass over the records: charges what it releases anew; returns whether it did.
 
@@ -282,10 +313,12 @@ class Guard:
         return self._out("rows", [indices])[0]
 
     def labels(self, labels: Tensor) -> Released:
-        """Labels for the node's loss."""
+        """Labels for the node's loss; where they were drawn once, ``labels`` are indices of records."""
         if isinstance(self.policy.labels, Clear):
             return self._out("labels", [labels])[0]
-        raise ReleaseRefusedError("privacy: with this policy, labels leave in a table, once, or not at all")
+        if self._labels is not None:
+            return self._out("labels", [self._labels[labels]])[0]
+        raise ReleaseRefusedError("privacy: with this policy, labels leave in a table, randomized once, or not at all")
 
     def gradients(self, tensors: Sequence[Tensor | None]) -> list[Released | None]:
         """Gradients at the middle's outputs (U-shape); ``None`` stays ``None``."""

@@ -269,6 +269,11 @@ class Policy:
         return self.activations if isinstance(self.activations, Rows) and self.activations.once else None
 
     @property
+    def labels_apart(self) -> bool:
+        """Whether labels are randomized once for the run, while rows leave in every epoch; if labels go to the node."""
+        return isinstance(self.labels, RandomizedLabels) and self.table is None
+
+    @property
     def claims(self) -> bool:
         """Whether a finite ε is asked for."""
         return math.isfinite(self.epsilon)

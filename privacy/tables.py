@@ -42,7 +42,17 @@ from privacy.policy import Aggregate, Moments, Policy, RandomizedLabels, Rows
 from wire.codec import check_finite
 from wire.errors import BudgetSpentError, ConfigError
 
-__all__ = ["Records", "ReleasedTable", "TablePlan", "check_records", "make_table", "plan_table"]
+__all__ = [
+    "Records",
+    "ReleasedTable",
+    "TablePlan",
+    "check_labels",
+    "check_records",
+    "label_releases",
+    "make_labels",
+    "make_table",
+    "plan_table",
+]
 
 _LEAST_LEFT: Final = 0.01  # of a budget: with less, a release would be noise alone
 _FLOOR: Final = 0.02  # of a covariance's eigenvalues, relative to their mean: what is below is noise
@@ -86,10 +96,7 @@ def plan_table(policy: Policy, budget: Budget, before: tuple[Event, ...] = ()) -
         BudgetSpentError: nothing is left to calibrate to.
         ConfigError: no budget, and no noise either.
     """
-    labels: list[Release] = []
-    if isinstance(policy.labels, RandomizedLabels) and policy.classes is not None:
-        event = RandomizedResponse(epsilon=policy.labels.epsilon, classes=policy.classes, count=policy.records_per_unit)
-        labels.append(Release(kind="labels", treatment="randomized_response", event=event))
+    labels = label_releases(policy)
     spent = [*before, *(release.event for release in labels)]
     treatment = policy.table
     if isinstance(treatment, Rows):
@@ -105,6 +112,26 @@ def plan_table(policy: Policy, budget: Budget, before: tuple[Event, ...] = ()) -
         moments = dataclasses.replace(treatment, noise=noise)
         return TablePlan(moments, (_release("moments", _moments_event(moments)), *labels))
     raise ConfigError("privacy.activations: this treatment releases no table")
+
+
+def label_releases(policy: Policy) -> list[Release]:
+    """What randomizing the labels costs, once; nothing, where they are not."""
+    if not isinstance(policy.labels, RandomizedLabels) or policy.classes is None:
+        return []
+    event = RandomizedResponse(epsilon=policy.labels.epsilon, classes=policy.classes, count=policy.records_per_unit)
+    return [Release(kind="labels", treatment="randomized_response", event=event)]
+
+
+def make_labels(policy: Policy, labels: Tensor, noise: Noise | None = None) -> Tensor:
+    """Draws the labels [N] of a policy that randomizes them; their cost must be in the ledger before.
+
+    Raises:
+        ConfigError: they are no classes, or the policy does not randomize them.
+    """
+    if not isinstance(policy.labels, RandomizedLabels):
+        raise ConfigError("privacy.labels: this treatment draws no labels")
+    check_labels(policy, labels)
+    return randomize_labels(labels, classes=policy.classes or 0, epsilon=policy.labels.epsilon, noise=noise or Noise())
 
 
 def make_table(policy: Policy, plan: TablePlan, records: Records, noise: Noise | None = None) -> ReleasedTable:
@@ -298,20 +325,25 @@ def check_records(policy: Policy, plan: TablePlan, records: Records) -> None:
             f"privacy.units: {list(records.units.shape)} unit ids for {len(records.labels)} records; one integer for "
             "each of them, in the data set's order"
         )
-    treated = isinstance(policy.activations, Aggregate | Moments) or isinstance(policy.labels, RandomizedLabels)
-    if treated and (
-        records.labels.ndim != 1
-        or records.labels.dtype != torch.int64
-        or not int(records.labels.min()) >= 0
-        or int(records.labels.max()) >= (policy.classes or 0)
+    if isinstance(policy.activations, Aggregate | Moments) or isinstance(policy.labels, RandomizedLabels):
+        check_labels(policy, records.labels)
+    if isinstance(plan.treatment, Moments):
+        _check_moments(plan.treatment, records)
+
+
+def check_labels(policy: Policy, labels: Tensor) -> None:
+    """Raises: ConfigError where ``labels`` are not one class of the policy's for each record."""
+    if (
+        labels.ndim != 1
+        or labels.dtype != torch.int64
+        or not int(labels.min()) >= 0
+        or int(labels.max()) >= (policy.classes or 0)
     ):
         raise ConfigError(
             f"privacy: this treatment takes labels from 0 to {(policy.classes or 0) - 1} (classes = {policy.classes}) "
-            f"as int64, one a record; these are {str(records.labels.dtype).removeprefix('torch.')} "
-            f"{list(records.labels.shape)}, up to {float(records.labels.max()):g}"
+            f"as int64, one a record; these are {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}, up to "
+            f"{float(labels.max()):g}"
         )
-    if isinstance(plan.treatment, Moments):
-        _check_moments(plan.treatment, records)
 
 
 def _check_moments(plan: Moments, records: Records) -> None:
@@ -332,7 +364,7 @@ def _rows(policy: Policy, rows: Rows, records: Records, noise: Noise) -> Release
         activations, labels = activations[kept], labels[kept]
     made = noisy_rows(activations, clip=rows.clip, sigma=rows.clip * (rows.noise or 0.0), noise=noise)
     if isinstance(policy.labels, RandomizedLabels):
-        labels = randomize_labels(labels, classes=policy.classes or 0, epsilon=policy.labels.epsilon, noise=noise)
+        labels = make_labels(policy, labels, noise)
     return ReleasedTable(made, labels)
 
 

@@ -28,7 +28,7 @@ from client_side.spawn import LocalNode
 from privacy.accounting import Relation, epsilon_of
 from privacy.guard import fresh_releases
 from privacy.ledger import Budget, Ledger
-from privacy.tables import plan_table
+from privacy.tables import label_releases, plan_table
 from wire.errors import ConfigError
 
 
@@ -277,7 +277,7 @@ def test_every_treatment_that_is_measured_settles_within_its_budget(treatment: T
     policy = treatment.policy(privacy._more(trial))
 
     releases = (
-        fresh_releases(policy, epochs=FRESH_EPOCHS)
+        [*label_releases(policy), *fresh_releases(policy, epochs=FRESH_EPOCHS)]
         if treatment.fresh
         else plan_table(policy, Budget(policy.epsilon, policy.delta, policy.relation)).releases
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import cloister
 from bench.relay import Relay
 from client_side import link, stream
+from client_side.records import load_released
 from privacy.accounting import epsilon_of
+from privacy.tables import ReleasedTable
 from protos import node_pb2
-from wire.errors import BudgetSpentError, CheckpointError, LedgerError, ReleaseRefusedError
+from wire.errors import BudgetSpentError, CheckpointError, ConfigError, LedgerError, ReleaseRefusedError
 from wire.state import chunks
 
 FEATURES, CLASSES, RECORDS = 12, 3, 600
@@ -263,11 +266,71 @@ def test_T11_a_resumed_table_run_has_the_same_bits_and_pays_nothing_again(
 
 
 def _adopted(found: cloister.Trainer, folder: Path) -> Any:
-    from client_side.records import load_table  # noqa: PLC0415
-
-    table = load_table(folder)
+    tensors = load_released(folder, "rows")
+    table = ReleasedTable(tensors["rows"], tensors.get("labels"))
     found.guard.adopt(table)
     return table
+
+
+ROWS_ANEW = policy(
+    cloister.Rows(clip=1.0, noise=0.5, once=False), labels=cloister.RandomizedLabels(epsilon=2.0), epsilon=300.0
+)
+
+
+class Labels:
+    """What a guard lets leave as labels, by record."""
+
+    def __init__(self, guard: cloister.Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: dict[int, set[int]] = {}
+        self._let = guard.labels
+        monkeypatch.setattr(guard, "labels", self._labels)
+
+    def _labels(self, indices: torch.Tensor) -> Any:
+        released = self._let(indices)
+        for index, label in zip(indices.tolist(), released.tensor.tolist(), strict=True):
+            self.of.setdefault(index, set()).add(label)
+        return released
+
+
+def test_labels_beside_rows_that_leave_anew_are_drawn_and_paid_once(
+    node: cloister.LocalNode, ledger: cloister.Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trainer(node, ledger, ROWS_ANEW) as found:
+        seen = Labels(found.guard, monkeypatch)
+        for _ in range(2):
+            found.fit(loader(), epochs=2)
+        result = found.evaluate(DataLoader(records(5), 100))
+    true = records().tensors[1].tolist()
+    kept = sum(seen.of[index] == {true[index]} for index in range(RECORDS)) / RECORDS
+
+    assert result.accuracy is not None
+    assert result.accuracy > 0.6
+    assert {len(labels) for labels in seen.of.values()} == {1}
+    assert kept == pytest.approx(math.exp(2) / (math.exp(2) + CLASSES - 1), abs=0.08)
+    assert Counter(entry.kind for entry in ledger.entries("data")) == {"labels": 1, "activations": 4}
+
+
+def test_T11_a_resumed_run_sends_the_labels_that_it_drew_and_pays_nothing_for_them(
+    node: cloister.LocalNode, ledger: cloister.Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(node, ledger, tmp_path / "run", ROWS_ANEW)
+    drawn = load_released(tmp_path / "run", "labels")["labels"].tolist()
+    plan = cloister.Checkpoints(folder=tmp_path / "run", every=5)
+    with trainer(node, ledger, ROWS_ANEW, checkpoints=plan) as found:
+        seen = Labels(found.guard, monkeypatch)
+        found.fit(loader(), epochs=3, resume=True)
+
+    assert all(labels == {drawn[index]} for index, labels in seen.of.items())
+    assert [entry.kind for entry in ledger.entries("data")].count("labels") == 1
+
+
+def test_T10_records_that_cannot_be_told_apart_get_no_labels(node: cloister.LocalNode, ledger: cloister.Ledger) -> None:
+    of = policy(cloister.Clear(), labels=cloister.RandomizedLabels(epsilon=1.0), epsilon=math.inf)
+    batches = [list(range(8))] * 3
+    with trainer(node, ledger, of) as found, pytest.raises(ConfigError, match="told apart by their records"):
+        found.fit(DataLoader(records(), batch_sampler=batches), epochs=1)
+
+    assert [entry.kind for entry in ledger.entries("data")].count("labels") == 0
 
 
 def test_T11_a_run_whose_table_is_gone_does_not_draw_another(

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from client_side.records import collect, data_set_of
+from client_side.records import collect, data_set_of, labels_of
 from cloister.assembly import cut_model, first_inputs, make_loader, make_model, units_of
 from cloister.exits import ExitCode
 from cloister.joboptions import JobArgument, SetOption, job_from
@@ -22,7 +22,7 @@ from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
 from privacy.ledger import Budget, Entry, Ledger, Release
 from privacy.policy import Aggregate, Moments, Policy, holes
-from privacy.tables import check_records, plan_table
+from privacy.tables import check_labels, check_records, label_releases, plan_table
 from wire.errors import ConfigError
 
 __all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
@@ -256,9 +256,11 @@ def planned(job: Job) -> Plan:
         front_learns=any(p.requires_grad for p in made.front.parameters()),
         head_learns=made.head is not None and any(p.requires_grad for p in made.head.parameters()),
     )
-    releases = _releases(policy, before, job.train.epochs)
+    releases = _releases(policy, before, job.train.epochs, vanilla=made.head is None)
     if policy.table is not None and not gaps:  # what training would refuse is refused now
         check_records(policy, plan_table(policy, _budget(policy), tuple(before)), collect(made, loader, whose))
+    if policy.labels_apart and made.head is None:
+        check_labels(policy, labels_of(loader))
     after = math.inf if gaps else epsilon_of([*before, *(r.event for r in releases)], policy.delta, policy.relation)
     return Plan(
         data_set=name,
@@ -276,9 +278,11 @@ def planned(job: Job) -> Plan:
     )
 
 
-def _releases(policy: Policy, before: Sequence[Event], epochs: int) -> list[Release]:
-    found = () if policy.table is None else plan_table(policy, _budget(policy), tuple(before)).releases
-    return [*found, *fresh_releases(policy, epochs=epochs)]
+def _releases(policy: Policy, before: Sequence[Event], epochs: int, *, vanilla: bool) -> list[Release]:
+    once = label_releases(policy) if vanilla else []
+    if policy.table is not None:
+        once = list(plan_table(policy, _budget(policy), tuple(before)).releases)
+    return [*once, *fresh_releases(policy, epochs=epochs)]
 
 
 def _budget(policy: Policy) -> Budget:
