@@ -47,6 +47,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _interrupts_arrive() -> None:
+    """Also where a script started the tests in the background, whose processes ignore SIGINT and pass that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _a_ledger_of_the_tests_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test writes into the ledger of whoever runs it; processes that tests start inherit the variable."""
     before = os.environ.get("CLOISTER_LEDGER")
