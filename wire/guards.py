@@ -3,7 +3,7 @@
 An operator must answer hostile arguments by raising. Some do not, in torch 2.13: recurrent layers and max-pooling read
 or write past their buffers, integer division raises a processor's exception, lists of a billion empty tensors are made,
 and on a GPU an index out of range ends every session of the process. Each guard here stands before such an operator, on
-every run, and raises :class:`~wire.errors.ComputeError` instead. ``tests/test_program_hostile.py`` calls every operator
+every run, and raises :class:`~wire.errors.ComputeError` instead. ``tests/test_program_fuzz.py`` calls every operator
 of the allow-list with random arguments to find those that need one.
 """
 
