@@ -8,8 +8,11 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Final
 
 import pytest
 from cryptography import x509
@@ -31,9 +34,7 @@ from wire.certificates import alternative_names, facts_of, fingerprint_of, new_c
 from wire.errors import ConfigError, IdentityError
 from wire.identity import Identity, create_identity, load_identity, load_signer
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT: Final = Path(__file__).parents[1]
 PASSPHRASE = "correct horse battery staple"
 
 
@@ -293,6 +294,25 @@ def test_T02_a_keystore_that_would_fill_the_memory_is_refused_unopened(copy: Pat
 
     with pytest.raises(IdentityError, match="names no scrypt parameters that open within 1 GiB"):
         load_signer(copy, PASSPHRASE)
+
+
+DEEP_JSON: Final = """
+from pathlib import Path
+from wire.errors import IdentityError
+from wire.identity import _new_keystore, _parse_object
+
+_new_keystore("of nobody", 2)
+try:
+    _parse_object(b"[" * 100_000, Path("keystore.json"))
+except IdentityError as error:
+    print(error)
+"""
+
+
+def test_T02_deeply_nested_json_is_an_error_also_after_keys_were_used() -> None:
+    ran = subprocess.run([sys.executable, "-c", DEEP_JSON], cwd=ROOT, check=False, capture_output=True, text=True)
+
+    assert (ran.returncode, ran.stdout) == (0, "keystore.json is damaged: restore it from your backup\n"), ran.stderr
 
 
 @pytest.mark.parametrize("lost", ["crypto", "ciphertext", "mac", "cipherparams", "kdf"])

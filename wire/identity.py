@@ -16,6 +16,7 @@ import datetime as dt
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -39,6 +40,7 @@ from wire.files import publish_folder, read_bounded
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from eth_account import Account
     from eth_account.signers.local import LocalAccount  # takes more than a second to import, and only signing needs it
 
 __all__ = [
@@ -157,19 +159,27 @@ def load_signer(folder: Path, passphrase: str) -> LocalAccount:
     Raises:
         IdentityError: The keystore is missing, damaged or readable by others, or the passphrase is wrong.
     """
-    from eth_account import Account  # noqa: PLC0415 - takes more than a second to import
-
+    accounts = _accounts()
     path = folder / KEYSTORE_FILE
     keystore = _read_keystore(path)
     _check_scrypt(keystore, path)
     try:
-        account = Account.from_key(Account.decrypt(cast("Any", keystore), passphrase))
+        account = accounts.from_key(accounts.decrypt(cast("Any", keystore), passphrase))
     except (ValueError, KeyError, TypeError, NotImplementedError):
         # The cause is left out of the chain: its frames hold the key.
         raise IdentityError(f"{path} does not open: the passphrase is wrong, or the file is damaged") from None
     if account.address.lower() != _read_facts(folder)[1].lower():
         raise IdentityError(f"{path} holds the key of another address than {_FACTS_FILE} says: restore both files")
     return cast("LocalAccount", account)
+
+
+def _accounts() -> type[Account]:
+    """The library of keystores, with the depth of Python's stack as it was: it asks for one that C's stack has not."""
+    depth = sys.getrecursionlimit()
+    from eth_account import Account  # noqa: PLC0415 - takes more than a second to import
+
+    sys.setrecursionlimit(depth)  # with 100,000, which py_ecc sets, deeply nested JSON ends the process
+    return Account
 
 
 def _check_arguments(role: str, passphrase: str, days: int) -> None:
@@ -194,10 +204,9 @@ def _occupied(folder: Path) -> IdentityError:
 
 
 def _new_keystore(passphrase: str, kdf_cost: int) -> tuple[str, bytes]:
-    from eth_account import Account  # noqa: PLC0415 - takes more than a second to import
-
-    account = Account.create()
-    keystore = Account.encrypt(account.key, passphrase, kdf="scrypt", iterations=kdf_cost)
+    accounts = _accounts()
+    account = accounts.create()
+    keystore = accounts.encrypt(account.key, passphrase, kdf="scrypt", iterations=kdf_cost)
     return account.address, json.dumps(keystore).encode() + b"\n"
 
 
