@@ -79,6 +79,17 @@ def b(identities: Path) -> Iterator[Fragile]:
 # --- What the node keeps
 
 
+def kept_by(node: Fragile) -> Path:
+    """The snapshot that a node keeps, once nothing is under way: it is written while training goes on."""
+    deadline, since, before = time.monotonic() + 60, time.monotonic(), node.snapshots()
+    while len(before) != 1 or time.monotonic() - since < 2:
+        assert time.monotonic() < deadline, f"more than one snapshot, or ever new ones: {before}"
+        time.sleep(0.02)
+        if (now := node.snapshots()) != before:
+            since, before = time.monotonic(), now
+    return before[0]
+
+
 def test_T07_a_node_that_restarts_goes_on_from_what_it_kept_without_an_upload(
     b: Fragile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +102,7 @@ def test_T07_a_node_that_restarts_goes_on_from_what_it_kept_without_an_upload(
 
     def restart(step: int) -> None:
         if step == 10:
+            kept_by(b)
             b.kill()
             b.revive()
             loaded.clear()
@@ -109,8 +121,8 @@ def test_T07_a_damaged_kept_snapshot_is_refused_and_the_state_sent(
 ) -> None:
     def restart(step: int) -> None:
         if step == 10:
+            kept = kept_by(b)
             b.kill()
-            (kept,) = b.snapshots()
             flip(kept)
             b.revive()
 
