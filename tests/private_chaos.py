@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ class Recorder:
     frames: dict[tuple[str, int, int, int], set[bytes]] = field(default_factory=lambda: defaultdict(set))
     tables: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     run: str = ""
+    heard: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
@@ -70,6 +72,8 @@ class Recorder:
         train, made = Session.train, Session.__init__
 
         def recorded(session: Session, frame: node_pb2.Frame, *more: Any) -> node_pb2.TrainResponse:
+            with self.lock:
+                self.heard += 1
             if frame.tensors:
                 digest = hashlib.sha256(b"".join(t.SerializeToString(deterministic=True) for t in frame.tensors))
                 with self.lock:
@@ -148,6 +152,7 @@ def behind(recorder: Recorder, run: str, folder: Path) -> list[str]:
 @dataclass
 class Tally:
     kills: int = 0
+    midway: int = 0
     runs: int = 0
     frames: int = 0
     drawn_again: int = 0
@@ -175,7 +180,7 @@ def chaos(kills: int, folder: Path, seed: int = 0) -> Tally:
                 home = folder / recorder.run
                 home.mkdir()
                 command = [sys.executable, "-m", "tests.private_chaos", "--owner", mode, str(home), address]
-                _until_done([*command, str(folder / "owner")], kills, rng, tally)
+                _until_done([*command, str(folder / "owner")], kills, rng, tally, recorder)
                 tally.behind += behind(recorder, recorder.run, home)
                 tally.runs += 1
         finally:
@@ -186,25 +191,31 @@ def chaos(kills: int, folder: Path, seed: int = 0) -> Tally:
     return tally
 
 
-def _until_done(command: list[str], kills: int, rng: random.Random, tally: Tally) -> None:
-    """Starts the owner until it is done; kills it at most twelve times, between its first step and its last."""
+def _until_done(command: list[str], kills: int, rng: random.Random, tally: Tally, recorder: Recorder) -> None:
+    """Starts the owner until it is done; kills it at most twelve times: after some frames, or while it begins."""
     here = 0
     while True:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if process.stdout is not None:
             process.stdout.readline()  # torch is loaded
-        last = tally.kills >= kills or here >= 12
-        try:
-            _, said = process.communicate(timeout=None if last else rng.uniform(0.0, 1.5))
-        except subprocess.TimeoutExpired:
+        if tally.kills < kills and here < 12:
+            # Counted in frames, which come whatever else the machine does; a quarter fall before the first.
+            wait = 0 if rng.random() < 0.25 else rng.randrange(1, 48)
+            before = recorder.heard
+            pause, until = rng.uniform(0.0, 0.5 if not wait else 0.02), before + wait
+            while recorder.heard < until and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(pause)
             process.kill()
-            process.communicate()
+            tally.midway += recorder.heard > before
+        _, said = process.communicate()
+        if process.returncode == -signal.SIGKILL:
             tally.kills += 1
             here += 1
-            continue
-        if process.returncode:
+        elif process.returncode:
             raise RuntimeError(f"the owner failed:\n{said.decode()}")
-        return
+        else:
+            return
 
 
 def main() -> int:
@@ -221,7 +232,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tally = chaos(options.kills, Path(folder), options.seed)
     print(  # noqa: T201 - a program
-        f"{tally.kills} kills in {tally.runs} runs, {tally.frames} frames, {tally.drawn_again} drawn again, "
+        f"{tally.kills} kills ({tally.midway} while training) in {tally.runs} runs, {tally.frames} frames, "
+        f"{tally.drawn_again} drawn again, "
         f"{tally.tables} tables, {time.monotonic() - began:.0f} s: "
         + ("the ledger was never behind" if not tally.behind else "\n".join(tally.behind))
     )

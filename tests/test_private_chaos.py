@@ -16,6 +16,7 @@ def test_T11_killing_the_owner_at_random_moments_never_lets_the_ledger_fall_behi
     assert tally.kills == 4
     assert tally.behind == []
     assert tally.frames > 100
+    assert tally.midway > 0
 
 
 def test_T11_a_release_that_the_ledger_does_not_name_is_seen(tmp_path: Path) -> None:
