@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 POSTGRES_START_S: Final = 30.0
 POSTGRES_MISSING: Final = "no PostgreSQL server here (initdb and postgres): apt-get install postgresql"
+DRIVER_MISSING: Final = "no PostgreSQL driver here: pip install 'cloister[postgres]'"
 NO_SKIPS: Final = "CLOISTER_NO_SKIPS"
 NO_CUDA: Final = "no CUDA device here"  # how the reason of a skip for want of a GPU starts
-DRIVER_MISSING: Final = "no PostgreSQL driver here: pip install 'cloister[postgres]'"
 
 
 @pytest.hookimpl(wrapper=True)

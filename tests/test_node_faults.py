@@ -40,6 +40,7 @@ from server_side.metrics import Metrics
 from server_side.node import NodeConfig, start_node
 from server_side.opening import Opening
 from server_side.table import SessionRow, SessionState, SessionTable
+from tests import hostile_node
 from tests.disks import small_disk
 from tests.released import released
 from tests.wire_client import Good, Job, WireClient, frame, new_owner, plan_of_job, reason_of
@@ -55,11 +56,7 @@ FORWARD, BACKWARD = node_pb2.PHASE_FORWARD, node_pb2.PHASE_BACKWARD
 X, G = torch.ones(4, 6), torch.ones(4, 4)
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Job:
-    torch.manual_seed(0)
-    middle = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
-    return Job.of(middle, torch.randn(4, 6))
+tiny = hostile_node.tiny
 
 
 @pytest.fixture(scope="module")

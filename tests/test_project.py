@@ -13,6 +13,8 @@ from typing import Any, Final
 import pytest
 import sqlalchemy as sa
 
+from tests import conftest
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 UNSHIPPED: Final = {"tests", "bench", "examples", "docs"}
 VERBS: Final = ["help", "setup", "demo", "test", "lint", "protos", "bench", "docs", "clean"]
@@ -118,3 +120,21 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [("Skipped: no PostgreSQL server here", "failed"), ("Skipped: no CUDA device here", "skipped")],
+)
+def test_where_none_may_be_skipped_a_skip_fails(
+    reason: str, outcome: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv(conftest.NO_SKIPS, "1")
+    report = pytest.TestReport("a", ("a", 1, "a"), {}, "skipped", ("a.py", 1, reason), "call")
+    hook = conftest.pytest_runtest_makereport(request.node, pytest.CallInfo.from_call(lambda: None, "call"))
+    next(hook)
+
+    with pytest.raises(StopIteration):
+        hook.send(report)
+
+    assert report.outcome == outcome

@@ -57,7 +57,8 @@ def load_state(data: bytes, *, header_bytes: int = MAX_HEADER_BYTES) -> dict[str
     if announced > header_bytes:
         raise StateRejectedError(f"the state's header holds {announced} bytes; at most {header_bytes} are read")
     try:
-        # A JSON header of bounded length and raw bytes: unlike torch's own files, nothing in them can run.
+        # Unlike torch's own files nothing in these can run: a JSON header, bounded above, and raw bytes, whose places
+        # the library checks against the file's length before it makes a tensor.
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise StateRejectedError("the state's bytes are not safetensors") from error
