@@ -40,46 +40,54 @@ def wide() -> Job:
 
 
 @contextlib.contextmanager
-def growth(process: psutil.Process) -> Iterator[list[int]]:
-    """By how many bytes the process grew at most while it was looked at."""
-    before, most, stop = process.memory_info().rss, [0], threading.Event()
+def again_and_again(work: Callable[[], None], pause: float = 0.0) -> Iterator[None]:
+    """Does ``work`` in a thread of its own for as long as the context lasts; what it raises fails the test."""
+    stop, failed = threading.Event(), []
 
-    def look() -> None:
-        while not stop.wait(0.005):
-            most[0] = max(most[0], process.memory_info().rss - before)
+    def run() -> None:
+        try:
+            while not stop.wait(pause):
+                work()
+        except BaseException as error:  # noqa: BLE001 -- told below, by the test's own thread
+            failed.append(error)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield most
+        yield
     finally:
         stop.set()
         thread.join()
+    assert not failed, failed
+
+
+@contextlib.contextmanager
+def growth(process: psutil.Process) -> Iterator[list[int]]:
+    """By how many bytes the process grew at most while it was looked at."""
+    before, most = process.memory_info().rss, [0]
+
+    def look() -> None:
+        most[0] = max(most[0], process.memory_info().rss - before)
+
+    with again_and_again(look, 0.005):
+        yield most
 
 
 @contextlib.contextmanager
 def training(good: Good) -> Iterator[list[int]]:
     """The other owner trains on for as long as the attack lasts; gives the steps that were done."""
-    steps, stop, failed = [0], threading.Event(), []
+    steps = [0]
     good.finish()
 
-    def work() -> None:
-        try:
-            while not stop.is_set():
-                good.step()
-                steps[0] += 1
-        except BaseException as error:  # noqa: BLE001 -- told below, by the test's own thread
-            failed.append(error)
+    def step() -> None:
+        good.step()
+        steps[0] += 1
 
-    thread = threading.Thread(target=work)
-    thread.start()
     try:
-        yield steps
+        with again_and_again(step):
+            yield steps
     finally:
-        stop.set()
-        thread.join()
         good.begin()
-    assert not failed, failed
     assert steps[0]
 
 
