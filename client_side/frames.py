@@ -23,12 +23,12 @@ from typing import Final
 
 from client_side.disk import disk_errors
 from privacy.guard import Released
-from protos import node_pb2
-from wire.codec import MAX_TENSOR_BYTES, encode_parts
+from protos import encryption_pb2, node_pb2
+from wire.codec import MAX_TENSOR_BYTES, encode_parts, raw_bytes
 from wire.errors import CheckpointError
 from wire.messages import delimited
 
-__all__ = ["FrameLog", "FrameMemo", "SentFrame", "encode_frame", "read_frames"]
+__all__ = ["FrameLog", "FrameMemo", "SentCiphertexts", "SentFrame", "encode_frame", "read_frames"]
 
 _HEADER: Final = struct.Struct("<IIQIB?")
 _OLD: Final = "old"
@@ -54,6 +54,30 @@ class SentFrame:
         return self.step, self.micro_batch, self.phase
 
 
+@dataclass(frozen=True, slots=True)
+class SentCiphertexts:
+    """Ciphertexts that the guard let out."""
+
+    block_rows: int
+    seeds: Released
+    words: Released
+
+    @property
+    def nbytes(self) -> int:
+        """Of seeds and words."""
+        return self.seeds.tensor.nbytes + self.words.tensor.nbytes
+
+    def parts(self) -> list[bytes | memoryview]:
+        """The message, as pieces to be joined."""
+        head = encryption_pb2.Ciphertexts(count=len(self.seeds.tensor), block_rows=self.block_rows)
+        seeds, words = raw_bytes(self.seeds.tensor), raw_bytes(self.words.tensor)
+        return [
+            head.SerializeToString(),
+            *delimited(encryption_pb2.Ciphertexts.SEEDS_FIELD_NUMBER, [seeds]),
+            *delimited(encryption_pb2.Ciphertexts.WORDS_FIELD_NUMBER, [words]),
+        ]
+
+
 def encode_frame(
     *,
     step: int,
@@ -64,6 +88,7 @@ def encode_frame(
     rows: Released | None = None,
     loss_weight: float = 0.0,
     update: bool = False,
+    ciphertexts: SentCiphertexts | None = None,
 ) -> SentFrame:
     """A frame. ``None`` among output gradients says that there is none, not even zeros.
 
@@ -83,6 +108,9 @@ def encode_frame(
     if labels is not None:
         parts += delimited(node_pb2.Frame.LABELS_FIELD_NUMBER, encode_parts(labels.tensor))
         sent += labels.tensor.nbytes
+    if ciphertexts is not None:
+        parts += delimited(node_pb2.Frame.CIPHERTEXTS_FIELD_NUMBER, ciphertexts.parts())
+        sent += ciphertexts.nbytes
     data = b"".join(delimited(node_pb2.TrainRequest.FRAME_FIELD_NUMBER, parts))
     return SentFrame(step, micro_batch, phase, update, data, sent)
 

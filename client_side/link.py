@@ -18,9 +18,10 @@ from client_side.frames import SentFrame
 from client_side.stream import Stream, patiently
 from client_side.stub import NodeStub
 from privacy.guard import Released
-from protos import node_pb2, tensor_pb2
+from protos import encryption_pb2, node_pb2, tensor_pb2
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
+from wire.ciphertexts import Scheme
 from wire.codec import check_finite, decode, encode, is_absent, payload_bytes
 from wire.errors import (
     CloisterError,
@@ -120,6 +121,7 @@ class SessionRequest:
     kept: tuple[bytes, int] | None = None
     #: An earlier session on the same node, which ends.
     replaces: bytes = b""
+    scheme: Scheme | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class Answer:
     updated: bool
     compute_s: float
     draining: bool
+    ciphertexts: encryption_pb2.Ciphertexts | None = field(default=None, repr=False)
 
 
 class Incoming:
@@ -344,6 +347,7 @@ class Link:
             want_input_gradients=request.want_input_gradients,
             first_step=request.first_step,
             replaces=request.replaces,
+            encryption=None if request.scheme is None else request.scheme.to_proto(),
             rows_bytes=sum(tensor.nbytes for tensor in rows_of(tensors).values()),
         )
 
@@ -385,7 +389,15 @@ class Link:
             response.updated,
             response.compute_s,
             response.draining,
+            self._encrypted(response),
         )
+
+    def _encrypted(self, response: node_pb2.TrainResponse) -> encryption_pb2.Ciphertexts | None:
+        """Ciphertexts as they came: whoever asked for them knows what they must be."""
+        if not response.HasField("ciphertexts"):
+            return None
+        self._down += len(response.ciphertexts.words) + len(response.ciphertexts.seeds)
+        return response.ciphertexts
 
     def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
         """The middle's outputs in evaluation mode for each of ``batches``, in order."""

@@ -11,6 +11,7 @@ from client_side.cutting import Cut
 from client_side.link import Link, SessionRequest
 from privacy.guard import Guard
 from protos import node_pb2
+from wire.ciphertexts import Scheme
 from wire.errors import IdentityError
 from wire.identity import Identity, load_identity
 from wire.recipe import Loss, Optimizer, stream_seed
@@ -53,11 +54,12 @@ def open_session(
     tensors: dict[str, torch.Tensor] | None = None,
     kept: tuple[bytes, int] | None = None,
     replaces: bytes = b"",
+    scheme: Scheme | None = None,
 ) -> None:
     """Opens a session for ``cut`` on ``link``.
 
     With the middle's tensors as they are now, or with ``tensors`` of a snapshot, or with what the node ``kept`` of one
-    (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends.
+    (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends. ``scheme`` makes it an encrypted one.
     """
     link.open(
         SessionRequest(
@@ -74,5 +76,6 @@ def open_session(
             first_step=first_step,
             kept=kept,
             replaces=replaces,
+            scheme=scheme,
         ),
     )

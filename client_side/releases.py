@@ -22,6 +22,7 @@ from client_side.records import (
     save_released,
     table_loader,
 )
+from client_side.sampling import PoissonLoader
 from privacy.guard import Guard, Situation
 from privacy.policy import CLEAR, Clear
 from privacy.tables import ReleasedTable
@@ -151,6 +152,8 @@ class Releases:
             members=members,
             most_of_a_unit=most,
             mixes=mixes,
+            sampling_rate=loader.rate if isinstance(loader, PoissonLoader) else None,
+            steps_per_epoch=len(loader) if isinstance(loader, PoissonLoader) else None,
         )
         self._guard.begin(situation, None if resumed is None else resumed.ledger)
         self._digest = digest

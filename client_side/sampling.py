@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sized
+from typing import Any, Final
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, TensorDataset, default_collate
 
+from privacy.mechanisms import Noise
+from wire.errors import ConfigError
 from wire.recipe import stream_seed
 
-__all__ = ["SeededSampler"]
+__all__ = ["PoissonLoader", "SeededSampler"]
+
+_LEAST_EXPECTED: Final = 32  # an empty batch then comes once in 10¹⁴
+_DEVIATIONS: Final = 8.0  # that a batch may exceed what is expected: once in 10¹⁵
 
 
 class SeededSampler(Sampler[int]):
@@ -48,3 +55,52 @@ class SeededSampler(Sampler[int]):
     def __len__(self) -> int:
         """Of the whole epoch."""
         return len(self._dataset)
+
+
+class PoissonLoader:
+    """Batches that each record joins by itself, with the same probability, and nobody can tell which did.
+
+    What differential privacy by sampling rests on. The draws come from the operating system's generator, never from a
+    seed, so that a run that is resumed draws anew (and pays anew); the number of batches in a pass is fixed, and their
+    sizes vary.
+
+    Example::
+
+        loader = cloister.PoissonLoader(dataset, expected=1024)
+
+    Attributes:
+        dataset: the records.
+        rate: the probability.
+        expected: rows of a batch, on average.
+        capacity: rows that no batch exceeds, but for once in 10¹⁵.
+    """
+
+    def __init__(self, dataset: Any, *, expected: int) -> None:  # noqa: ANN401 - a map-style data set, whatever its types
+        """Over ``dataset``, which has a length.
+
+        Raises:
+            ConfigError: fewer than 32 rows are expected, or more than there are.
+        """
+        if not isinstance(dataset, Sized) or not _LEAST_EXPECTED <= expected <= len(dataset):
+            raise ConfigError(f"PoissonLoader: expected = {expected}; at least {_LEAST_EXPECTED}, at most all records")
+        self.dataset: Any = dataset
+        self.expected = expected
+        self._count = len(dataset)
+        self.rate = expected / self._count
+        spread = math.sqrt(expected * (1 - self.rate))
+        self.capacity = min(self._count, expected + math.ceil(_DEVIATIONS * spread))
+        self._noise = Noise()
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return max(1, round(1 / self.rate))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """One pass."""
+        for _ in range(len(self)):
+            chosen = torch.nonzero(self._noise.uniform([self._count]) < self.rate).flatten()
+            if isinstance(self.dataset, TensorDataset):
+                yield tuple(tensor[chosen] for tensor in self.dataset.tensors)
+            else:
+                records = [self.dataset[i] for i in chosen.tolist()]
+                yield tuple(default_collate(records))

@@ -14,6 +14,7 @@ from client_side.opening import open_session
 from client_side.route import Route, RouteNews
 from client_side.snapshots import Snapshot
 from privacy.guard import Guard
+from wire.ciphertexts import Scheme
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 
@@ -27,6 +28,7 @@ class Sessions:
     """What every session of one trainer has in common.
 
     Attributes:
+        scheme: of sessions whose smashed data is encrypted.
         max_rows: the largest micro-batch so far; the next session is opened for so many rows.
     """
 
@@ -40,6 +42,7 @@ class Sessions:
     in_flight: int
     reconnect_s: float
     standby: bool
+    scheme: Scheme | None = None
     max_rows: int = field(default=0, init=False)
 
     def link(self, step: int, tensors: dict[str, torch.Tensor] | None) -> Link:
@@ -83,7 +86,8 @@ class Sessions:
             latest=lambda: run.latest.snapshot,
             load=run.load,
             log=run.log,
-            memo=run.memo,
+            # Ciphertexts of an earlier process are under keys that died with it: its steps are drawn, and paid, anew.
+            memo=run.memo if self.scheme is None else None,
             reconnect_s=self.reconnect_s,
             tell=tell,
         )
@@ -115,4 +119,5 @@ class Sessions:
             tensors=tensors,
             kept=kept,
             replaces=replaces,
+            scheme=self.scheme,
         )

@@ -19,6 +19,7 @@ from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepE
 from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
 from client_side.durability import Checkpoints, Run, holds_run
+from client_side.encrypted import EncryptedPart, EncryptedRunner
 from client_side.inference import evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
 from client_side.opening import DEFAULT_IDENTITY, initial_state, owner_identity
@@ -26,6 +27,7 @@ from client_side.owned import describe_run, owner_tensors, restore_owner
 from client_side.passes import Loader, Pass, refuse_persistent_workers
 from client_side.releases import Releases
 from client_side.route import Route
+from client_side.sampling import PoissonLoader
 from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
@@ -33,8 +35,8 @@ from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
 from privacy.hijack import HijackDetector
 from privacy.ledger import Ledger
-from privacy.policy import CLEAR, DpSgd, GaussianRows, Never, Policy, Rows
-from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
+from privacy.policy import CLEAR, Ckks, DpSgd, GaussianRows, Never, Policy, Rows
+from wire.errors import CheckpointError, ConfigError, HijackSuspectedError, TamperingSuspectedError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
@@ -116,6 +118,9 @@ class Trainer:
             )
         if micro_batches < 1 or (in_flight is not None and not 1 <= in_flight <= micro_batches):
             raise ConfigError("micro_batches: at least 1; in_flight: from 1 to micro_batches")
+        encrypted = isinstance(policy.activations, Ckks)
+        if encrypted and micro_batches > 1:
+            raise ConfigError("micro_batches: a step under encryption is one; leave it at 1")
         self.cut = cut
         self._guard = Guard(policy, ledger or Ledger)
         nodes = addresses(node)
@@ -147,8 +152,11 @@ class Trainer:
             reconnect_s=reconnect_s,
             standby=standby,
         )
+        self._encrypted = EncryptedPart(cut, policy.activations) if isinstance(policy.activations, Ckks) else None
+        self._sessions.scheme = None if self._encrypted is None else self._encrypted.scheme
+        self._expected: int | None = None  # rows of a batch, where they are drawn by chance
         self._link: Link | Route | None = None
-        self._runner: StepRunner | None = None
+        self._runner: StepRunner | EncryptedRunner | None = None
         self._closed = False
         self._past_traffic = Traffic(0, 0, 0)
         self._device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))
@@ -208,12 +216,21 @@ class Trainer:
         """
         try:
             return self._fit(loader, epochs, resume=resume)
+        except TamperingSuspectedError as error:
+            evidence = self._runner.evidence if isinstance(self._runner, EncryptedRunner) else None
+            if evidence is None:
+                raise
+            kept = evidence.save(self._evidence_folder())
+            raise TamperingSuspectedError(f"{error}; what it sent is in {kept}") from error
         except HijackSuspectedError as error:
             if self._hijack is None:
                 raise
-            folder = Path(tempfile.mkdtemp(prefix="cloister-")) if self._plan is None else Path(self._plan.folder)
-            kept = self._hijack.evidence().save(folder.expanduser())
+            kept = self._hijack.evidence().save(self._evidence_folder())
             raise HijackSuspectedError(f"{error}; the evidence is in {kept}") from error
+
+    def _evidence_folder(self) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="cloister-")) if self._plan is None else Path(self._plan.folder)
+        return folder.expanduser()
 
     def _fit(self, loader: Loader, epochs: int, *, resume: bool) -> TrainState:
         control = Control()
@@ -282,6 +299,8 @@ class Trainer:
         finally:
             if run is not None:
                 run.close()
+            if self._encrypted is not None:
+                self._encrypted.close()
             self._guard.close()
 
     def _epoch(self, loader: Loader, control: Control, resumed: Checkpoint | None) -> None:
@@ -297,7 +316,10 @@ class Trainer:
             began = time.perf_counter()
             batch = micro_batches(tuple(inputs), labels, self._micro_batches)
             self._tell("on_step_begin", control)
-            runner = self._opened(len(batch[0].labels))
+            # What the node may learn of a batch that was drawn by chance is how large such batches can be.
+            poisson = loader if isinstance(loader, PoissonLoader) else None
+            self._expected = None if poisson is None else poisson.expected
+            runner = self._opened(len(batch[0].labels) if poisson is None else poisson.capacity)
             node_s = runner.node_s
             loss = runner.run(state.global_step, batch)
             count = len(labels)
@@ -455,7 +477,7 @@ class Trainer:
             self._checkpoint(loader)
         run.wait()
 
-    def _opened(self, rows: int) -> StepRunner:
+    def _opened(self, rows: int) -> StepRunner | EncryptedRunner:
         """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
         if self._runner is None or rows > self._sessions.max_rows:
             small = self._link
@@ -482,6 +504,21 @@ class Trainer:
         else:
             link = self._route = self._sessions.route(self._run)
         self._link = link
+        if self._encrypted is not None:
+            self._runner = EncryptedRunner(
+                self._encrypted,
+                self.cut,
+                link,
+                self._guard,
+                loss=self._loss,
+                optimizers=self._optimizers,
+                capacity=self._sessions.max_rows,
+                expected=self._expected,
+                seed=self._seed,
+                device=self._device,
+                hijack=self._hijack,
+            )
+            return link
         self._runner = StepRunner(
             self.cut,
             link,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from client_side.link import NodeAddress, Traffic
     from client_side.remote import RemoteMiddle
-    from client_side.sampling import SeededSampler
+    from client_side.sampling import PoissonLoader, SeededSampler
     from client_side.spawn import LocalNode
     from client_side.trainer import Trainer
     from client_side.unsplit import UnsplitTrainer
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from privacy.policy import (
         CLEAR,
         Aggregate,
+        Ckks,
         Clear,
         DpSgd,
         Frozen,
@@ -54,10 +55,12 @@ if TYPE_CHECKING:
         CloisterError,
         ConfigError,
         CutError,
+        EncryptionError,
         HijackSuspectedError,
         IdentityError,
         LedgerError,
         ReleaseRefusedError,
+        TamperingSuspectedError,
         UnreachableError,
         WireError,
     )
@@ -74,6 +77,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "Ckks",
     "Claim",
     "Clear",
     "CloisterError",
@@ -82,6 +86,7 @@ __all__ = [
     "Cut",
     "CutError",
     "DpSgd",
+    "EncryptionError",
     "EpochEnd",
     "Evaluation",
     "Frozen",
@@ -98,6 +103,7 @@ __all__ = [
     "Moments",
     "Never",
     "NodeAddress",
+    "PoissonLoader",
     "Policy",
     "PrivacySpent",
     "RandomizedLabels",
@@ -108,6 +114,7 @@ __all__ = [
     "Schedule",
     "SeededSampler",
     "StepEnd",
+    "TamperingSuspectedError",
     "Traffic",
     "TrainState",
     "Trainer",
@@ -144,7 +151,7 @@ _HOMES: Final = {
     ),
     "client_side.link": ("NodeAddress", "Traffic"),
     "client_side.remote": ("RemoteMiddle",),
-    "client_side.sampling": ("SeededSampler",),
+    "client_side.sampling": ("PoissonLoader", "SeededSampler"),
     "client_side.spawn": ("LocalNode",),
     "client_side.trainer": ("Trainer",),
     "client_side.unsplit": ("UnsplitTrainer",),
@@ -155,6 +162,7 @@ _HOMES: Final = {
     "privacy.policy": (
         "CLEAR",
         "Aggregate",
+        "Ckks",
         "Clear",
         "DpSgd",
         "Frozen",
@@ -172,10 +180,12 @@ _HOMES: Final = {
         "CloisterError",
         "ConfigError",
         "CutError",
+        "EncryptionError",
         "HijackSuspectedError",
         "IdentityError",
         "LedgerError",
         "ReleaseRefusedError",
+        "TamperingSuspectedError",
         "UnreachableError",
         "WireError",
     ),

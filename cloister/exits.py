@@ -103,6 +103,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
         (errors.UnreachableError, ExitCode.UNREACHABLE),
         ((errors.ReleaseRefusedError, errors.LedgerError), ExitCode.PRIVACY),
         (errors.HijackSuspectedError, ExitCode.HIJACKED),
+        (errors.TamperingSuspectedError, ExitCode.HIJACKED),
         ((errors.BusyError, errors.DrainingError), ExitCode.TRY_LATER),
         (errors.WireError, ExitCode.REJECTED),
     )

@@ -123,6 +123,8 @@ def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
     ]
     if any(isinstance(entry.event, SampledGaussian) for entry in entries):
         found.append("which records joined which sample stays secret")
+    if "ckks" in treatments:
+        found.append("nobody breaks the encryption (ring learning with errors, at 128 bits by the HE standard's table)")
     if treatments & {"rows", "gaussian", "dp_sgd"}:
         found.append("that a record takes part, and in which batch, is no secret")
     if entries[0].unit != "record":

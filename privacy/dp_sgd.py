@@ -48,6 +48,11 @@ class DpGradients:
         self._parameters = [p for p in part.parameters() if p.requires_grad]
         self._sums: list[Tensor] | None = None
 
+    @property
+    def treatment(self) -> DpSgd:
+        """How they are clipped and noised."""
+        return self._treatment
+
     @contextmanager
     def per_record(self, rows: int) -> Iterator[None]:
         """Inside, a forward and its backward add one micro-batch's clipped gradients.

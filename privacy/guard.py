@@ -10,19 +10,23 @@ The laws: what a run sends is what its guard released, byte for byte; and the le
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from privacy.accounting import Gaussian, PrivacySpent, Unbounded
+from privacy.accounting import Gaussian, PrivacySpent, SampledGaussian, Unbounded
+from privacy.ckks.workers import Encrypted
 from privacy.claims import Claim, claim_of
+from privacy.dp_sgd import DpGradients
 from privacy.ledger import Budget, Ledger, Position, Release
 from privacy.mechanisms import Noise, noisy_rows
 from privacy.policy import (
+    Ckks,
     Clear,
     DpSgd,
     GaussianRows,
@@ -81,6 +85,9 @@ class Situation:
         members: how many units there are, or records, where each is its own; 0 where that cannot be told.
         most_of_a_unit: how many records the unit with the most has; 0 where nobody said whose they are.
         mixes: why one record's row or the front's state depends on other records; empty where they do not.
+        sampling_rate: with which each record joins each batch, independently of all others and known to nobody else;
+            ``None`` where batches are drawn otherwise.
+        steps_per_epoch: how many such batches a pass has.
     """
 
     data_set: str | None
@@ -92,6 +99,8 @@ class Situation:
     members: int = 0
     most_of_a_unit: int = 0
     mixes: str = ""
+    sampling_rate: float | None = None
+    steps_per_epoch: int | None = None
 
 
 class Guard:
@@ -117,6 +126,7 @@ class Guard:
         self._table: ReleasedTable | None = None
         self._labels: Tensor | None = None
         self._inferred: set[str] = set()
+        self._due: float = 0  # updates under encryption that are paid for and not yet released
         self._lock = threading.Lock()
         self._sent: dict[str, int] = {}
 
@@ -192,6 +202,13 @@ class Guard:
             head_learns=situation.head_learns,
         )
         found += [situation.mixes] if situation.mixes else []
+        if isinstance(policy.activations, Ckks):
+            if situation.vanilla:
+                raise ReleaseRefusedError(
+                    "privacy: ckks keeps the loss here: give the cut a head (nn.Identity() will do)"
+                )
+            if policy.activations.noise is not None and situation.sampling_rate is None:
+                found.append("ckks with noise counts secret Poisson samples: give a cloister.PoissonLoader")
         if found and policy.claims:
             raise ReleaseRefusedError(f"privacy: no finite ε would hold, because {'; and '.join(found)}")
         self._check_units(situation)
@@ -293,6 +310,8 @@ class Guard:
         A pass that goes on with an epoch, in this process or another, is charged like any: it may draw anew, and from
         records that left before.
         """
+        if isinstance(self.policy.activations, Ckks):
+            return self._charge_updates(self.policy.activations, step)
         releases = fresh_releases(self.policy, step=step)
         if releases:
             self._spend(releases)
@@ -306,6 +325,50 @@ class Guard:
         if isinstance(treatment, Rows) and not treatment.once:
             return self._out("activations", self._noised(tensors, treatment.clip, treatment.noise))
         raise ReleaseRefusedError("privacy: with this policy, activations leave in a table, once, or not at all")
+
+    def _charge_updates(self, treatment: Ckks, step: int) -> bool:
+        """Writes down a pass's noised updates, before anything of its first step leaves."""
+        situation = self._begun()
+        if treatment.noise is None or situation.sampling_rate is None or situation.steps_per_epoch is None:
+            self._due = math.inf  # written down as unbounded when the run began
+            return False
+        event = SampledGaussian(
+            rate=situation.sampling_rate, noise_multiplier=treatment.noise, steps=situation.steps_per_epoch
+        )
+        self._spend([Release(kind="update", treatment="ckks", event=event, step=step)])
+        self._due = situation.steps_per_epoch
+        return True
+
+    def encrypted(self, ciphertexts: Encrypted) -> tuple[Released, Released]:
+        """Ciphertexts under a key that never leaves: their seeds and their words, uint8."""
+        if not isinstance(self.policy.activations, Ckks):
+            raise ReleaseRefusedError("privacy: this policy encrypts nothing")
+        seeds, words = self._out(
+            "ciphertexts", [torch.from_numpy(ciphertexts.seeds.copy()), torch.from_numpy(ciphertexts.words.copy())]
+        )
+        return seeds, words
+
+    def update(self, gradients: DpGradients | None, rows: int, parameters: Sequence[nn.Parameter]) -> list[Released]:
+        """The gradients of an encrypted layer's ``parameters``, once a step.
+
+        Args:
+            gradients: gathered over everything that learns; ``None`` where the policy has no noise.
+            rows: by which the sum is divided: of the batch, or as many as are expected in it.
+            parameters: of the layer.
+
+        Raises:
+            ReleaseRefusedError: nothing was charged for it, or they are not what the policy names.
+        """
+        treatment = self.policy.activations
+        if not isinstance(treatment, Ckks) or self._due < 1 or (treatment.noise is None) != (gradients is None):
+            raise ReleaseRefusedError("privacy: an update of an encrypted layer leaves once a step, as the policy says")
+        if gradients is not None:
+            if gradients.treatment != DpSgd(clip=treatment.gradient_clip, noise=treatment.noise or math.nan):
+                raise ReleaseRefusedError("privacy: the update was clipped or noised otherwise than the policy says")
+            gradients.finish(rows)
+        self._due -= 1
+        made = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]
+        return list(self._out("update", made))
 
     def rows(self, indices: Tensor) -> Released:
         """Names rows of the released table, which the node keeps."""
@@ -420,6 +483,8 @@ def fresh_releases(policy: Policy, *, epochs: int = 1, step: int = 0) -> list[Re
     Raises:
         ConfigError: a treatment without its noise.
     """
+    if isinstance(policy.activations, Ckks):
+        raise ConfigError("privacy: what ckks costs is counted by the step, as the batches are sampled: see the ledger")
     found = []
     for kind, treatment in fresh_kinds(policy).items():
         if treatment.noise is None:

@@ -22,6 +22,7 @@ __all__ = [
     "CLEAR",
     "Activations",
     "Aggregate",
+    "Ckks",
     "Clear",
     "DpSgd",
     "Frozen",
@@ -133,6 +134,37 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ckks:
+    """Each record's activation, clipped and encrypted; all that learns moves by joint DP-SGD over secret samples.
+
+    The middle is one linear or convolution layer, which a node evaluates on ciphertexts; loss, labels and bias stay
+    here. What leaves in the clear is the gradient of the layer's parameters alone: each record's, over front, layer and
+    head together, clipped to ``gradient_clip``; their sum noised.
+
+    Attributes:
+        clip: L2 norm of one record's activation at most; longer ones are scaled down, in training and for good.
+        gradient_clip: L2 norm of one record's gradient over all parameters.
+        noise: standard deviation on the sum, in units of ``gradient_clip``; ``None`` clips and noises nothing, and then
+            no ε is claimed: the layer's gradient tells activations and labels.
+        send_weights: whether the node sends the layer's weights with each step, which costs less than having it compute
+            the front's gradients under encryption.
+        check_rows: of each batch so many rows, drawn at random, are computed here as well and compared.
+    """
+
+    clip: float
+    gradient_clip: float = 1.0
+    noise: float | None = None
+    send_weights: bool = True
+    check_rows: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError where a number makes no sense."""
+        _positive(
+            "ckks", clip=self.clip, gradient_clip=self.gradient_clip, noise=self.noise, check_rows=self.check_rows
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RandomizedLabels:
     """Labels through k-ary randomized response, once."""
 
@@ -182,7 +214,7 @@ class DpSgd:
         _positive("dp_sgd", clip=self.clip, noise=self.noise)
 
 
-Activations: TypeAlias = Clear | Rows | Aggregate | Moments
+Activations: TypeAlias = Clear | Rows | Aggregate | Moments | Ckks
 Labels: TypeAlias = Clear | Never | Included | RandomizedLabels
 Gradients: TypeAlias = Clear | Included | GaussianRows
 Part: TypeAlias = Clear | Frozen | DpSgd
@@ -195,7 +227,7 @@ _MOST: Final = 1e9
 _SWITCHES: Final = frozenset({"once", "per_class"})
 
 _NAMES: Final[dict[str, dict[str, type[Any]]]] = {
-    "activations": {"clear": Clear, "rows": Rows, "aggregate": Aggregate, "moments": Moments},
+    "activations": {"clear": Clear, "rows": Rows, "aggregate": Aggregate, "moments": Moments, "ckks": Ckks},
     "labels": {"clear": Clear, "never": Never, "included": Included, "randomized_response": RandomizedLabels},
     "gradients": {"clear": Clear, "included": Included, "gaussian": GaussianRows},
     "front": {"clear": Clear, "frozen": Frozen, "dp_sgd": DpSgd},
@@ -342,6 +374,8 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
         head_learns: the same of the head.
     """
     found = []
+    if isinstance(policy.activations, Ckks):
+        return _encrypted_holes(policy, policy.activations)
     if isinstance(policy.activations, Clear):
         found.append("activations leave in the clear")
     # Rows and labels that were released together: what is computed from them tells nothing more.
@@ -359,6 +393,17 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
             found.append("output gradients depend on labels that no release includes: give gradients a treatment")
         if head_learns and not isinstance(policy.head, DpSgd):
             found.append("the head trains on the labels without dp_sgd, and all later gradients tell what it learnt")
+    if isinstance(policy.inference, Clear):
+        found.append("evaluation and prediction send activations in the clear")
+    return found
+
+
+def _encrypted_holes(policy: Policy, treatment: Ckks) -> list[str]:
+    found = []
+    if treatment.noise is None:
+        found.append("the encrypted layer's gradients leave without noise: give ckks a noise")
+    if policy.unit != "record":
+        found.append('ckks draws samples of records, which says nothing of whole units: unit = "record"')
     if isinstance(policy.inference, Clear):
         found.append("evaluation and prediction send activations in the clear")
     return found

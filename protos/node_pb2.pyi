@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import protos.encryption_pb2
 import protos.tensor_pb2
 import sys
 import typing
@@ -102,6 +103,12 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """VANILLA: smashed data and labels up, loss and input gradients down."""
     PHASE_UPDATE: _Phase.ValueType  # 4
     """Nothing up but the wish to update, nothing down."""
+    PHASE_ENCRYPTED_FORWARD: _Phase.ValueType  # 5
+    """Encrypted smashed data up; down the encrypted outputs and, as tensors, the parameters that the owner computes with."""
+    PHASE_ENCRYPTED_BACKWARD: _Phase.ValueType  # 6
+    """Encrypted output gradients up, encrypted input gradients down."""
+    PHASE_PARAMETER_GRADIENTS: _Phase.ValueType  # 7
+    """The gradients of the middle's parameters up, as tensors in the order of the program's state, and an update."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
 
@@ -114,6 +121,12 @@ PHASE_LOSS: Phase.ValueType  # 3
 """VANILLA: smashed data and labels up, loss and input gradients down."""
 PHASE_UPDATE: Phase.ValueType  # 4
 """Nothing up but the wish to update, nothing down."""
+PHASE_ENCRYPTED_FORWARD: Phase.ValueType  # 5
+"""Encrypted smashed data up; down the encrypted outputs and, as tensors, the parameters that the owner computes with."""
+PHASE_ENCRYPTED_BACKWARD: Phase.ValueType  # 6
+"""Encrypted output gradients up, encrypted input gradients down."""
+PHASE_PARAMETER_GRADIENTS: Phase.ValueType  # 7
+"""The gradients of the middle's parameters up, as tensors in the order of the program's state, and an update."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 @typing.final
@@ -394,6 +407,7 @@ class SessionSpec(google.protobuf.message.Message):
     STATE_KEPT_FIELD_NUMBER: builtins.int
     REPLACES_FIELD_NUMBER: builtins.int
     ROWS_BYTES_FIELD_NUMBER: builtins.int
+    ENCRYPTION_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """Chosen by the owner, 16 random bytes, never used twice."""
     node_fingerprint: builtins.bytes
@@ -424,6 +438,10 @@ class SessionSpec(google.protobuf.message.Message):
 
     @property
     def optimizer(self) -> Global___Optimizer: ...
+    @property
+    def encryption(self) -> protos.encryption_pb2.Encryption:
+        """Set where smashed data comes under encryption: the middle is then one linear map, evaluated on ciphertexts."""
+
     def __init__(
         self,
         *,
@@ -444,10 +462,11 @@ class SessionSpec(google.protobuf.message.Message):
         state_kept: builtins.bool = ...,
         replaces: builtins.bytes = ...,
         rows_bytes: builtins.int = ...,
+        encryption: protos.encryption_pb2.Encryption | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["loss", b"loss", "optimizer", b"optimizer"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["encryption", b"encryption", "loss", b"loss", "optimizer", b"optimizer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "rows_bytes", b"rows_bytes", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["encryption", b"encryption", "first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "rows_bytes", b"rows_bytes", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SessionSpec: typing_extensions.TypeAlias = SessionSpec
@@ -532,6 +551,7 @@ class Frame(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     LOSS_WEIGHT_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    CIPHERTEXTS_FIELD_NUMBER: builtins.int
     step: builtins.int
     micro_batch: builtins.int
     phase: Global___Phase.ValueType
@@ -547,6 +567,10 @@ class Frame(google.protobuf.message.Message):
     def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In place of tensors (and of labels, where they are kept): rows of the table that came with the session's state."""
 
+    @property
+    def ciphertexts(self) -> protos.encryption_pb2.Ciphertexts:
+        """In place of tensors, in the encrypted phases."""
+
     def __init__(
         self,
         *,
@@ -558,10 +582,11 @@ class Frame(google.protobuf.message.Message):
         labels: protos.tensor_pb2.Tensor | None = ...,
         loss_weight: builtins.float = ...,
         rows: collections.abc.Iterable[builtins.int] | None = ...,
+        ciphertexts: protos.encryption_pb2.Ciphertexts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["labels", b"labels"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "labels", b"labels"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["labels", b"labels", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "phase", b"phase", "rows", b"rows", "step", b"step", "tensors", b"tensors", "update", b"update"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "labels", b"labels", "loss_weight", b"loss_weight", "micro_batch", b"micro_batch", "phase", b"phase", "rows", b"rows", "step", b"step", "tensors", b"tensors", "update", b"update"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Frame: typing_extensions.TypeAlias = Frame
@@ -604,6 +629,7 @@ class TrainResponse(google.protobuf.message.Message):
     LOSS_FIELD_NUMBER: builtins.int
     COMPUTE_S_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    CIPHERTEXTS_FIELD_NUMBER: builtins.int
     step: builtins.int
     micro_batch: builtins.int
     phase: Global___Phase.ValueType
@@ -617,6 +643,8 @@ class TrainResponse(google.protobuf.message.Message):
     """The node is about to stop: the owner does well to take its session elsewhere at the next step boundary."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
+    @property
+    def ciphertexts(self) -> protos.encryption_pb2.Ciphertexts: ...
     def __init__(
         self,
         *,
@@ -628,8 +656,11 @@ class TrainResponse(google.protobuf.message.Message):
         loss: builtins.float = ...,
         compute_s: builtins.float = ...,
         draining: builtins.bool = ...,
+        ciphertexts: protos.encryption_pb2.Ciphertexts | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_s", b"compute_s", "draining", b"draining", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "compute_s", b"compute_s", "draining", b"draining", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TrainResponse: typing_extensions.TypeAlias = TrainResponse
@@ -666,16 +697,24 @@ class Batch(google.protobuf.message.Message):
 
     INDEX_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
+    CIPHERTEXTS_FIELD_NUMBER: builtins.int
     index: builtins.int
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
+    @property
+    def ciphertexts(self) -> protos.encryption_pb2.Ciphertexts:
+        """In place of tensors, in an encrypted session."""
+
     def __init__(
         self,
         *,
         index: builtins.int = ...,
         tensors: collections.abc.Iterable[protos.tensor_pb2.Tensor] | None = ...,
+        ciphertexts: protos.encryption_pb2.Ciphertexts | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["index", b"index", "tensors", b"tensors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "index", b"index", "tensors", b"tensors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Batch: typing_extensions.TypeAlias = Batch
@@ -686,16 +725,22 @@ class InferResponse(google.protobuf.message.Message):
 
     INDEX_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
+    CIPHERTEXTS_FIELD_NUMBER: builtins.int
     index: builtins.int
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
+    @property
+    def ciphertexts(self) -> protos.encryption_pb2.Ciphertexts: ...
     def __init__(
         self,
         *,
         index: builtins.int = ...,
         tensors: collections.abc.Iterable[protos.tensor_pb2.Tensor] | None = ...,
+        ciphertexts: protos.encryption_pb2.Ciphertexts | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["index", b"index", "tensors", b"tensors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "index", b"index", "tensors", b"tensors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___InferResponse: typing_extensions.TypeAlias = InferResponse

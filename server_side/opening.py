@@ -11,8 +11,10 @@ import torch
 
 from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
+from server_side.encrypted import encrypted_bytes
 from server_side.kept import KeptSnapshots
 from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
+from wire.ciphertexts import scheme_from_proto
 from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
@@ -76,6 +78,9 @@ def plan_of(spec: node_pb2.SessionSpec, limits: Limits) -> SessionPlan:
     vanilla = spec.topology == node_pb2.TOPOLOGY_VANILLA
     if vanilla != spec.HasField("loss"):
         raise SpecRejectedError("a vanilla session names its loss; a U-shaped one names none")
+    encrypted = spec.HasField("encryption")
+    if encrypted and vanilla:
+        raise SpecRejectedError("an encrypted session is U-shaped: the node could read no loss")
     if not 1 <= spec.max_rows <= _MAX_ROWS:
         raise SpecRejectedError(f"max_rows {spec.max_rows}: 1 to {_MAX_ROWS}")
     if spec.max_in_flight < 1:
@@ -98,6 +103,7 @@ def plan_of(spec: node_pb2.SessionSpec, limits: Limits) -> SessionPlan:
         want_input_gradients=spec.want_input_gradients,
         activation_bytes_per_micro_batch=limits.activation_bytes_per_micro_batch,
         tensor_bytes=limits.tensor_bytes,
+        scheme=scheme_from_proto(spec.encryption) if encrypted else None,
     )
 
 
@@ -162,6 +168,8 @@ def read_state(
     # In flight, a micro-batch holds its inputs, their gradients, its activations, and its two answers.
     answered = min(made, plan.tensor_bytes + ANSWER_SLACK_BYTES) + came
     held += (made + 2 * came + answered) * plan.max_in_flight + ANSWERS_BYTES
+    if plan.scheme is not None:
+        held += encrypted_bytes(program, plan.scheme)
     reservation = accounts.reserve(owner, held, program.parameter_count)
     try:
         if spec.state_kept:

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
+from server_side.encrypted import EncryptedLayer
 from server_side.rows import KeptRows
+from wire.ciphertexts import Scheme
 from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
 from wire.errors import (
     ComputeError,
@@ -74,6 +76,7 @@ class SessionPlan:
     want_input_gradients: bool
     activation_bytes_per_micro_batch: int
     tensor_bytes: int
+    scheme: Scheme | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,8 @@ class Session:
         self._optimizer.restore(optimizer_state)
         rows = rows_of(tensors)
         self._rows = KeptRows(rows, program, device) if rows else None
+        scheme = plan.scheme
+        self._encrypted = None if scheme is None else EncryptedLayer(program, scheme, device, plan.tensor_bytes)
         self._step = plan.first_step
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
@@ -204,6 +209,8 @@ class Session:
         with self._lock:
             self._settle()
             self.last_used = time.monotonic()
+            if self._encrypted is not None:
+                return self._infer_encrypted(self._encrypted, batch)
             inputs = self._inputs(batch.tensors, training=False)
             with torch.no_grad(), self._computing(training=False):
                 outputs = self._eval.run([*self._values, *inputs])
@@ -244,6 +251,9 @@ class Session:
         vanilla = self._plan.topology == node_pb2.TOPOLOGY_VANILLA
         micro_batch, phase = frame.micro_batch, frame.phase
         expected: int | None
+        if self._encrypted is not None:
+            self._check_encrypted_order(frame)
+            return
         if phase == node_pb2.PHASE_FORWARD and not vanilla:
             expected = self._forwards
             if len(self._pending) >= self._plan.max_in_flight:
@@ -268,7 +278,25 @@ class Session:
         if frame.update and (phase == node_pb2.PHASE_FORWARD or len(self._pending) > 1):
             raise StepOutOfOrderError(f"step {self._step}: an update while other micro-batches wait for their backward")
 
+    def _check_encrypted_order(self, frame: node_pb2.Frame) -> None:
+        """One forward, at most one backward, and the parameters' gradients, which update."""
+        done = (self._forwards, self._backwards)
+        follows = {
+            node_pb2.PHASE_ENCRYPTED_FORWARD: done == (0, 0) and not frame.update,
+            node_pb2.PHASE_ENCRYPTED_BACKWARD: done == (1, 0) and not frame.update,
+            node_pb2.PHASE_PARAMETER_GRADIENTS: done[0] == 1 and frame.update,
+        }.get(frame.phase)
+        if follows is None:
+            raise MessageRejectedError(f"phase {frame.phase} has no place in an encrypted session")
+        if not follows or frame.micro_batch:
+            raise StepOutOfOrderError(
+                f"step {self._step}: an encrypted step is a forward, at most one backward, and then the parameters' "
+                "gradients with an update, all of micro-batch 0"
+            )
+
     def _phase(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        if self._encrypted is not None:
+            return self._encrypted_phase(self._encrypted, frame)
         if frame.phase == node_pb2.PHASE_FORWARD:
             return self._forward(frame)
         if frame.phase == node_pb2.PHASE_BACKWARD:
@@ -302,6 +330,45 @@ class Session:
         del self._pending[frame.micro_batch]
         self._backwards += 1
         return _answer_of(self._input_gradients(pending))
+
+    def _encrypted_phase(self, layer: EncryptedLayer, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+        answer = node_pb2.TrainResponse()
+        if frame.phase == node_pb2.PHASE_ENCRYPTED_FORWARD:
+            layer.forward(frame.ciphertexts, self._named_values(), answer.ciphertexts)
+            for told in layer.told(self._named_values()):
+                encode_into(answer.tensors.add(), told)
+            self._forwards += 1
+        elif frame.phase == node_pb2.PHASE_ENCRYPTED_BACKWARD:
+            layer.backward(frame.ciphertexts, self._named_values(), answer.ciphertexts)
+            self._backwards += 1
+        else:
+            self._take_gradients(frame)
+        return answer
+
+    def _take_gradients(self, frame: node_pb2.Frame) -> None:
+        """The parameters' gradients from the owner, which alone can compute them."""
+        wanted = list(self._parameters.values())
+        if len(frame.tensors) != len(wanted):
+            raise TensorRejectedError(f"{len(frame.tensors)} gradients for {len(wanted)} parameters")
+        gradients = [self._receive(message, "parameter gradient") for message in frame.tensors]
+        for gradient, parameter in zip(gradients, wanted, strict=True):
+            if gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
+                raise TensorRejectedError(
+                    f"a gradient of {gradient.dtype} {tuple(gradient.shape)} for a parameter of {parameter.dtype} "
+                    f"{tuple(parameter.shape)}"
+                )
+        for gradient, parameter in zip(gradients, wanted, strict=True):
+            parameter.grad = gradient
+
+    def _infer_encrypted(self, layer: EncryptedLayer, batch: node_pb2.Batch) -> node_pb2.InferResponse:
+        answer = node_pb2.InferResponse(index=batch.index)
+        layer.forward(batch.ciphertexts, self._named_values(), answer.ciphertexts)
+        for told in layer.told(self._named_values()):
+            encode_into(answer.tensors.add(), told)
+        return answer
+
+    def _named_values(self) -> dict[str, torch.Tensor]:
+        return {spec.name: value for spec, value in zip(self._program.state, self._values, strict=True)}
 
     def _loss(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
         function = self._plan.loss
@@ -474,11 +541,11 @@ class Session:
             self._answers.clear()
             self._answers_step, self._answers_bytes = frame.step, 0
         self._answers[frame.step, frame.micro_batch, frame.phase] = answer
-        self._answers_bytes += payload_bytes(answer.tensors)
+        self._answers_bytes += _answer_bytes(answer)
         # What is in flight is unanswered, each micro-batch with one frame; the rest is for owners that start over.
         while self._answers_bytes > ANSWERS_BYTES and len(self._answers) > 2 * self._plan.max_in_flight:
             oldest = self._answers.pop(next(iter(self._answers)))
-            self._answers_bytes -= payload_bytes(oldest.tensors)
+            self._answers_bytes -= _answer_bytes(oldest)
 
 
 def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
@@ -496,6 +563,10 @@ def run_bytes(program: Program, graph: Graph, rows: int, limit: int) -> int:
                 _RUNS.clear()
             _RUNS[key] = known
         return known
+
+
+def _answer_bytes(answer: node_pb2.TrainResponse) -> int:
+    return payload_bytes(answer.tensors) + (len(answer.ciphertexts.words) if answer.HasField("ciphertexts") else 0)
 
 
 def _answer_of(tensors: Sequence[torch.Tensor | None]) -> node_pb2.TrainResponse:

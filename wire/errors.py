@@ -10,6 +10,8 @@ The tree::
     │   └── BudgetSpentError          one release more would cost more than may be spent
     ├── LedgerError               the privacy ledger cannot be written, or has forgotten something (never crosses)
     ├── HijackSuspectedError      the node's gradients steer the front (never crosses the wire)
+    ├── EncryptionError           a process that encrypts died, or its library failed (never crosses the wire)
+    │   └── TamperingSuspectedError   what came back under encryption is not what was asked for (never crosses)
     ├── IdentityError             a key, certificate or pin is missing, damaged or refused locally
     ├── UnreachableError          no node answered in time                          UNAVAILABLE
     └── WireError                 crosses the wire, with a status and a stable reason
@@ -56,6 +58,7 @@ __all__ = [
     "ConfigError",
     "CutError",
     "DrainingError",
+    "EncryptionError",
     "HijackSuspectedError",
     "IdentityError",
     "InternalError",
@@ -74,6 +77,7 @@ __all__ = [
     "StateRejectedError",
     "StepOutOfOrderError",
     "StorageError",
+    "TamperingSuspectedError",
     "TensorRejectedError",
     "UnreachableError",
     "WireError",
@@ -117,6 +121,14 @@ class LedgerError(CloisterError):
 
 class HijackSuspectedError(CloisterError):
     """The input gradients of a node steer the front instead of following the labels."""
+
+
+class EncryptionError(CloisterError):
+    """A process that encrypts died, or its library failed."""
+
+
+class TamperingSuspectedError(EncryptionError):
+    """What came back under encryption is not what was asked for: the node is faulty, or attacks."""
 
 
 class IdentityError(CloisterError):

@@ -1,0 +1,154 @@
+"""What an encrypted layer may return: how rows are packed, how far results may err, and what cannot be right.
+
+Errors, for a ring of degree N and results scaled by ``2**(value_bits + weight_bits)``. A fresh ciphertext's error has
+N coefficients of standard deviation 3.25 at most (SEAL's noise and the rounding of the encoding), which each real slot
+sees as a Gaussian of √(N/2) times that; a layer adds them up by its weights. Weights are rounded: as integers by half a
+unit each; in blocks as polynomials, whose rounding each slot sees as a Gaussian of √(N/24) for its own number and as
+much for the other of the pair. A bound here is the worst case of the first rounding, and :data:`TAIL` standard
+deviations of what is Gaussian.
+
+Shapes: ``B`` rows, ``F`` features of each, ``C`` ciphertexts, ``O`` outputs, ``N`` the ring's degree.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.ciphertexts import Scheme
+from wire.errors import ConfigError, TamperingSuspectedError
+
+__all__ = [
+    "PROBES",
+    "TAIL",
+    "LayerBound",
+    "block_rows_for",
+    "check_probes",
+    "check_products",
+    "check_results",
+    "pack_rows",
+    "probes",
+    "unpack_rows",
+]
+
+#: Beyond so many standard deviations a Gaussian goes once in 10¹¹ draws.
+TAIL: Final = 7.0
+PROBES: Final = 8  # rows; a result that is changed in any of them is found out
+_SIGMA: Final = 3.25  # of a coefficient: SEAL's √(21/2), and 1/12 of the encoding
+_LEAST_BLOCK: Final = 2  # rows: a complex slot holds two
+
+_Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBound:
+    """How far a result of one layer may be from the product in the clear.
+
+    Attributes:
+        noise: of encryption, times the weights: absolute.
+        rounding: of the weights, times the row: absolute.
+    """
+
+    noise: float
+    rounding: float
+
+    @classmethod
+    def of(cls, scheme: Scheme, *, features: int, weight_norm: float, block_rows: int) -> LayerBound:
+        """For a layer whose outputs' weights have at most that L2 norm, and rows as long as the scheme allows."""
+        degree = scheme.ring.degree
+        noise = TAIL * weight_norm * _SIGMA * math.sqrt(degree / 2) / 2.0**scheme.value_bits
+        unit = scheme.row_norm / 2.0**scheme.weight_bits
+        if block_rows == degree:
+            return cls(noise, unit * math.sqrt(features) / 2)
+        return cls(noise, TAIL * unit * math.sqrt(degree / 12))
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.noise + self.rounding
+
+
+def block_rows_for(capacity: int, degree: int) -> int:
+    """Rows of each feature in a ciphertext, for batches of at most ``capacity`` rows: a power of two, or all of it.
+
+    Raises:
+        ConfigError: more rows than a ciphertext holds.
+    """
+    if not 0 < capacity <= degree:
+        raise ConfigError(f"ckks: batches of up to {capacity} rows; a ciphertext holds {degree}: take smaller batches")
+    block = max(_LEAST_BLOCK, 1 << (capacity - 1).bit_length())
+    return block if 4 * block <= degree else degree  # two features in one save little, and cost the node transforms
+
+
+def pack_rows(rows_BF: _Array, block_rows: int, degree: int) -> npt.NDArray[np.complex128]:
+    """The slots of the ciphertexts that hold ``rows_BF``; complex128 [C, N / 2], unused slots zero.
+
+    The law: ``unpack_rows(pack_rows(r, b, n), b)``, summed over features, is ``r.sum(1)``.
+    """
+    rows, features = rows_BF.shape
+    each = degree // block_rows
+    count = math.ceil(features / each)
+    padded = np.zeros((count * each, block_rows))
+    padded[:features, :rows] = rows_BF.T
+    half = block_rows // 2
+    return (padded[:, :half] + 1j * padded[:, half:]).reshape(count, degree // 2)
+
+
+def unpack_rows(slots_CS: npt.NDArray[np.complex128], block_rows: int) -> _Array:
+    """The sum over a ciphertext's features of each row's numbers; float64 [block_rows, C]."""
+    half = block_rows // 2
+    summed = slots_CS.reshape(len(slots_CS), -1, half).sum(axis=1)
+    return np.ascontiguousarray(np.concatenate([summed.real, summed.imag], axis=1).T)
+
+
+def check_results(results_RO: _Array, rows: int, *, most: float, tolerance: float) -> None:
+    """Refuses results that no honest node returns; what they are is told to nobody.
+
+    Args:
+        results_RO: all that was decrypted, float64 [block_rows, O].
+        rows: that were sent; those after them held zeros.
+        most: what no result exceeds.
+        tolerance: of a result that should be zero.
+
+    Raises:
+        TamperingSuspectedError: saying which test failed, and no number.
+    """
+    if not np.isfinite(results_RO).all() or (np.abs(results_RO) > most).any():
+        raise TamperingSuspectedError("the node returned ciphertexts of numbers larger than any that it was asked for")
+    if (np.abs(results_RO[rows:]) > tolerance).any():
+        raise TamperingSuspectedError("the node returned ciphertexts that are not zero where nothing was sent")
+
+
+def check_products(results_RO: _Array, rows_BF: _Array, matrix_FO: _Array, *, tolerance: float, checked: int) -> None:
+    """Computes some rows in the clear, drawn anew for each call, and compares.
+
+    Raises:
+        TamperingSuspectedError: they differ by more than ``tolerance``.
+    """
+    drawn = [secrets.randbelow(len(rows_BF)) for _ in range(min(checked, len(rows_BF)))]
+    if (np.abs(results_RO[drawn] - rows_BF[drawn] @ matrix_FO) > tolerance).any():
+        raise TamperingSuspectedError("the node returned other products than those of its own weights")
+
+
+def probes(rows: int) -> _Array:
+    """Secret combinations of a batch's rows, no longer than the longest of them; float64 [PROBES, rows]."""
+    signs = np.frombuffer(secrets.token_bytes(PROBES * rows), dtype=np.uint8).reshape(PROBES, rows) & 1
+    return (2.0 * signs - 1.0) / rows
+
+
+def check_probes(results_RO: _Array, probes_PB: _Array, *, tolerance: float) -> None:
+    """Compares the results of probes, which follow the batch's rows, with the same combinations of its results.
+
+    For layers whose weights stay with the node: whatever it computes must be one linear map of all rows.
+
+    Raises:
+        TamperingSuspectedError: they differ by more than twice ``tolerance``.
+    """
+    count, rows = probes_PB.shape
+    if (np.abs(results_RO[rows : rows + count] - probes_PB @ results_RO[:rows]) > 2 * tolerance).any():
+        raise TamperingSuspectedError("the node returned what no one layer makes of all rows")

@@ -1,0 +1,153 @@
+"""Worker processes for a key per step: the owner's own threads never wait for the library, only for their pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, REQUEST, SECRET_BYTES, read_exactly
+from wire.ciphertexts import RINGS, SEED_BYTES, Ciphertexts, Ring
+from wire.errors import EncryptionError
+
+__all__ = ["CipherWorkers", "Encrypted", "StepKey"]
+
+_MOST_WORKERS: Final = 8  # beyond, a step of some hundred ciphertexts is not worth the processes
+_GOODBYE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepKey:
+    """The secret that one step's key is made of. It is never written down, and never used for another step."""
+
+    secret: bytes = field(repr=False, default_factory=lambda: secrets.token_bytes(SECRET_BYTES))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encrypted:
+    """Ciphertexts ready to travel.
+
+    Attributes:
+        seeds: uint8 [C, 64].
+        words: uint8, c0 of all of them as :func:`wire.ciphertexts.pack` packs it.
+    """
+
+    seeds: npt.NDArray[np.uint8] = field(repr=False)
+    words: npt.NDArray[np.uint8] = field(repr=False)
+
+
+class CipherWorkers:
+    """Some processes that encrypt and decrypt side by side. They start with the first call."""
+
+    def __init__(self, ring: Ring, count: int | None = None) -> None:
+        """For keys of ``ring``; as many as there are processors, unless said otherwise."""
+        self._number, self._ring = RINGS.index(ring), ring
+        self._count = count or min(_MOST_WORKERS, os.cpu_count() or 1)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Their ids, once they run."""
+        return tuple(process.pid for process in self._processes)
+
+    def start(self) -> None:
+        """Starts them, if they do not run: half a second that the first step need not wait."""
+        while len(self._processes) < self._count:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "privacy.ckks.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=environment,
+                )
+            )
+
+    def encrypt(self, key: StepKey, slots: npt.NDArray[np.complex128], scale: float) -> Encrypted:
+        """Each row of ``slots``, complex128 [C, N / 2], in a ciphertext.
+
+        Raises:
+            EncryptionError: a worker died, or its library failed.
+        """
+        size = SEED_BYTES + self._ring.polynomial_bytes
+        pieces = [piece for piece in np.array_split(slots, self._count) if len(piece)]
+        made = self._everywhere(
+            [(ENCRYPT, key, scale, piece.astype(np.complex128).tobytes(), len(piece), size) for piece in pieces]
+        )
+        cut = [SEED_BYTES * len(piece) for piece in pieces]
+        seeds = b"".join(data[:end] for data, end in zip(made, cut, strict=True))
+        words = b"".join(data[end:] for data, end in zip(made, cut, strict=True))
+        return Encrypted(
+            np.frombuffer(seeds, dtype=np.uint8).reshape(-1, SEED_BYTES), np.frombuffer(words, dtype=np.uint8)
+        )
+
+    def decrypt(self, key: StepKey, ciphertexts: Ciphertexts, scale: float) -> npt.NDArray[np.complex128]:
+        """What ciphertexts of two polynomials hold; complex128 [C, N / 2].
+
+        Raises:
+            EncryptionError: as for :meth:`encrypt`.
+        """
+        pieces = [piece for piece in np.array_split(ciphertexts.words, self._count, axis=1) if piece.shape[1]]
+        made = self._everywhere(
+            [
+                (DECRYPT, key, scale, np.ascontiguousarray(p).tobytes(), p.shape[1], 8 * self._ring.degree)
+                for p in pieces
+            ]
+        )
+        return np.frombuffer(b"".join(made), dtype=np.complex128).reshape(ciphertexts.count, -1)
+
+    def close(self) -> None:
+        """Ends them, and waits for it."""
+        for process in self._processes:
+            if process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(_GOODBYE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        self._processes.clear()
+        self._threads.shutdown()
+
+    def _everywhere(self, jobs: list[tuple[int, StepKey, float, bytes, int, int]]) -> list[bytes]:
+        self.start()
+        try:
+            return list(self._threads.map(self._ask, self._processes, jobs))
+        except (OSError, EOFError) as error:
+            self.close()
+            self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
+            raise EncryptionError("a process that encrypts died: is there memory left? Run again, or resume") from error
+
+    def _ask(self, process: subprocess.Popen[bytes], job: tuple[int, StepKey, float, bytes, int, int]) -> bytes:
+        kind, key, scale, data, count, each = job
+        requests, answers = _pipes(process)
+        requests.write(REQUEST.pack(kind, self._number, count, scale, key.secret))
+        requests.write(data)
+        requests.flush()
+        done, size = ANSWER.unpack(read_exactly(answers, ANSWER.size))
+        answer = read_exactly(answers, size)
+        if not done:
+            raise EncryptionError(f"the library of encryption failed: {answer.decode(errors='replace')}")
+        if size != each * count:
+            raise EncryptionError(f"a worker answered {size} bytes where {each * count} were expected")
+        return answer
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
+    if process.stdin is None or process.stdout is None:  # both were asked for
+        raise EOFError
+    return process.stdin, process.stdout  # type: ignore[return-value]  # IO[bytes] and BinaryIO are one here

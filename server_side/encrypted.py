@@ -1,0 +1,158 @@
+"""The encrypted layer: one linear map, evaluated on ciphertexts by a node that has no key and no library for them.
+
+What comes up is an encryption of each row's activations; what goes down encrypts the same rows times the layer's
+weights. Ciphertexts add, and scale by integers, word by word, so the layer is a product of matrices modulo q
+(:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same integers. A convolution is
+lowered to its matrix. No decision depends on what the ciphertexts hold.
+
+Two packings. *Whole*: each feature has a ciphertext of its own, and weights are integers. *Blocks*: a ciphertext holds
+several features, ``block_rows`` rows of each, and weights are polynomials that hold one number for each block; the
+owner sums the blocks up after decryption.
+
+Shapes: ``C`` ciphertexts, ``F`` features of a row, ``O`` outputs, ``P`` polynomials (2), ``N`` words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import torch
+
+from protos import encryption_pb2, program_pb2
+from server_side.expansion import expand
+from server_side.rings import combine, evaluations, multiply, slot_polynomials
+from wire.affine import ROWS_AT_ONCE, affine_map, bias_names, check_affine
+from wire.ciphertexts import MAX_CIPHERTEXTS, Ciphertexts, Ring, Scheme, Words, decode, encode_into
+from wire.errors import LimitExceededError, SpecRejectedError
+from wire.program import Program
+
+__all__ = ["EncryptedLayer", "apply_matrix", "encrypted_bytes"]
+
+_COPIES: Final = 6  # of the words, while they are multiplied: as integers, expanded, as limbs
+_POLYNOMIALS_AT_ONCE: Final = 256  # of weights in blocks: 8 MB of each intermediate
+
+
+class EncryptedLayer:
+    """A session's linear map on ciphertexts."""
+
+    def __init__(self, program: Program, scheme: Scheme, device: torch.device, max_bytes: int) -> None:
+        """Checks that the program is one linear map.
+
+        Raises:
+            SpecRejectedError: it is not.
+            LimitExceededError: its matrix or its ciphertexts would be larger than the node allows.
+        """
+        check_affine(program)
+        self._program, self._scheme, self._device, self._max_bytes = program, scheme, device, max_bytes
+        self._told = {
+            spec.name
+            for spec in program.state
+            if spec.kind == program_pb2.STATE_KIND_PARAMETER
+            and (scheme.send_weights or spec.name in bias_names(program))
+        }
+
+    def forward(
+        self, message: encryption_pb2.Ciphertexts, values: Mapping[str, torch.Tensor], into: encryption_pb2.Ciphertexts
+    ) -> None:
+        """Encrypted activations times the weights, without the bias.
+
+        Raises:
+            MessageRejectedError, LimitExceededError: see :func:`wire.ciphertexts.decode`; or weights with which a
+                result could wrap.
+        """
+        matrix_FO, _ = affine_map(self._program, values, self._device)
+        self._apply(message, matrix_FO, into)
+
+    def backward(
+        self, message: encryption_pb2.Ciphertexts, values: Mapping[str, torch.Tensor], into: encryption_pb2.Ciphertexts
+    ) -> None:
+        """Encrypted output gradients times the transposed weights.
+
+        Raises:
+            MessageRejectedError, LimitExceededError: as for :meth:`forward`.
+        """
+        matrix_FO, _ = affine_map(self._program, values, self._device)
+        self._apply(message, matrix_FO.T, into)
+
+    def told(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the owner computes with in the clear: all parameters, or only biases, in the program's order."""
+        return [values[spec.name].detach() for spec in self._program.state if spec.name in self._told]
+
+    def _apply(
+        self, message: encryption_pb2.Ciphertexts, matrix_FO: torch.Tensor, into: encryption_pb2.Ciphertexts
+    ) -> None:
+        scheme, ring = self._scheme, self._scheme.ring
+        features, outputs = matrix_FO.shape
+        if not torch.isfinite(matrix_FO).all():
+            raise LimitExceededError("weights that are not finite: the training diverged")
+        scheme.check_weights(float(matrix_FO.norm(dim=0).max()))
+        block = _checked_block(message.block_rows, ring)
+        count = math.ceil(features / (ring.degree // block))
+        if 8 * 2 * ring.degree * (count + outputs) > self._max_bytes or outputs > MAX_CIPHERTEXTS:
+            raise LimitExceededError(f"{count} ciphertexts up and {outputs} down; the limit is {self._max_bytes} bytes")
+        came = decode(message, ring, count=count, block_rows=block, seeded=True, max_bytes=self._max_bytes)
+        made = apply_matrix(came, matrix_FO, scheme, self._device)
+        encode_into(into, Ciphertexts(block, None, made), ring)
+
+
+def apply_matrix(came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, device: torch.device) -> Words:
+    """Every output's ciphertext.
+
+    Args:
+        came: with seeds.
+        matrix_FO: float64, the weights; rounded to multiples of ``2**-weight_bits``.
+        scheme: the session's.
+        device: computes.
+
+    Returns:
+        uint64 [P, O, N].
+    """
+    ring = scheme.ring
+    if came.seeds is None:
+        raise SpecRejectedError("ciphertexts come up with seeds")
+    both = np.concatenate([came.words, expand(came.seeds, ring)[None]])
+    words_PCN = torch.from_numpy(both.view(np.int64)).to(device)
+    if came.block_rows == ring.degree:
+        weights_FO = (matrix_FO * 2.0**scheme.weight_bits).round().to(torch.int64)
+        made = combine(words_PCN, weights_FO, ring)
+    else:
+        made = _combine_blocks(words_PCN, matrix_FO, came.block_rows, scheme)
+    return made.cpu().numpy().view(np.uint64)
+
+
+def _combine_blocks(words_PCN: torch.Tensor, matrix_FO: torch.Tensor, block_rows: int, scheme: Scheme) -> torch.Tensor:
+    """``sum over C of words * the polynomials of their weights``, modulo q."""
+    ring = scheme.ring
+    count, outputs = words_PCN.shape[1], matrix_FO.shape[1]
+    features = ring.degree // block_rows  # in each ciphertext
+    padded_OCf = torch.zeros(outputs, count * features, dtype=torch.float64, device=matrix_FO.device)
+    padded_OCf[:, : len(matrix_FO)] = matrix_FO.T
+    padded_OCf = padded_OCf.reshape(outputs, count, features)
+    made = torch.zeros(2, outputs, ring.degree, dtype=torch.int64, device=words_PCN.device)
+    at_once = max(1, _POLYNOMIALS_AT_ONCE // count)
+    for start in range(0, outputs, at_once):
+        slots = padded_OCf[start : start + at_once].repeat_interleave(block_rows // 2, dim=-1)
+        polynomials = slot_polynomials(slots, 2.0**scheme.weight_bits, ring).remainder_(ring.modulus)
+        weights_oCN = evaluations(polynomials, ring)
+        for half, words_CN in enumerate(words_PCN):
+            for number in range(count):
+                made[half, start : start + at_once] += multiply(words_CN[number], weights_oCN[:, number], ring)
+            made[half, start : start + at_once].remainder_(ring.modulus)
+    return made
+
+
+def encrypted_bytes(program: Program, scheme: Scheme) -> int:
+    """What evaluating the layer once may hold, for an owner's account."""
+    features, outputs = check_affine(program)
+    polynomials = 2 * scheme.ring.degree * (features + outputs)
+    return 8 * (_COPIES * polynomials + 3 * features * outputs + 3 * ROWS_AT_ONCE * (features + outputs))
+
+
+def _checked_block(block_rows: int, ring: Ring) -> int:
+    """Raises: LimitExceededError for a block that is no power of two from 2 to the ring's degree."""
+    if not 2 <= block_rows <= ring.degree or block_rows & (block_rows - 1):  # noqa: PLR2004 -- a slot holds two
+        raise LimitExceededError(f"blocks of {block_rows} rows: a power of two, from 2 to {ring.degree}")
+    return block_rows
