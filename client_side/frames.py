@@ -67,6 +67,13 @@ class SentCiphertexts:
         """Of seeds and words."""
         return self.seeds.tensor.nbytes + self.words.tensor.nbytes
 
+    def message(self) -> encryption_pb2.Ciphertexts:
+        """Whole."""
+        seeds, words = bytes(raw_bytes(self.seeds.tensor)), bytes(raw_bytes(self.words.tensor))
+        return encryption_pb2.Ciphertexts(
+            count=len(self.seeds.tensor), block_rows=self.block_rows, seeds=seeds, words=words
+        )
+
     def parts(self) -> list[bytes | memoryview]:
         """The message, as pieces to be joined."""
         head = encryption_pb2.Ciphertexts(count=len(self.seeds.tensor), block_rows=self.block_rows)

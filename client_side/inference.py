@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from client_side.answers import Answers
 from client_side.cutting import Cut
+from client_side.link import Query
 from client_side.route import SessionLink
 from client_side.steps import Batch, rows_of
-from privacy.guard import Guard, Released
+from privacy.guard import Guard
 
-__all__ = ["evaluation_mode", "infer"]
+__all__ = ["clipped", "evaluation_mode", "infer"]
+
+_LEAST_NORM: Final = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,13 @@ class _Sent:
     kept: Batch
     rows: int
     ends_batch: bool
+
+
+def clipped(smashed: torch.Tensor, clip: float) -> torch.Tensor:
+    """Each row scaled down to that L2 norm, where it is longer: as a model was trained whose policy clips."""
+    flat = smashed.flatten(1)
+    norms = flat.norm(dim=1, keepdim=True).clamp_min(_LEAST_NORM)
+    return (flat * (clip / norms * (1 - 2**-20)).clamp_max(1.0)).reshape(smashed.shape)
 
 
 @contextmanager
@@ -53,7 +64,7 @@ def infer(
     sent: deque[_Sent] = deque()
     answers = Answers(cut.program, device)
 
-    def smashed() -> Iterator[Sequence[Released]]:
+    def smashed() -> Iterator[Query]:
         for inputs in batches:
             rows = len(inputs[0])
             count = -(-rows // max_rows)
@@ -61,12 +72,12 @@ def infer(
             for number, part in enumerate(slices):
                 up, kept = cut.split_outputs(cut.front(*(x.to(device) for x in part)))
                 sent.append(_Sent(kept, len(part[0]), ends_batch=number == len(slices) - 1))
-                yield guard.inference(up)
+                yield Query(guard.inference(up))
 
     gathered: list[torch.Tensor] = []
     for answer in link.infer(smashed()):
         part = sent.popleft()
-        made = answers.outputs(answer, part.rows, training=False)
+        made = answers.outputs(answer.tensors, part.rows, training=False)
         gathered.append(made[0] if cut.head is None else cut.head(*made, *part.kept))
         if part.ends_batch:
             yield torch.cat(gathered) if len(gathered) > 1 else gathered[0]

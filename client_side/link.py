@@ -14,7 +14,7 @@ from typing import Final
 import grpc
 import torch
 
-from client_side.frames import SentFrame
+from client_side.frames import SentCiphertexts, SentFrame
 from client_side.stream import Stream, patiently
 from client_side.stub import NodeStub
 from privacy.guard import Released
@@ -22,7 +22,7 @@ from protos import encryption_pb2, node_pb2, tensor_pb2
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
 from wire.ciphertexts import Scheme
-from wire.codec import check_finite, decode, encode, is_absent, payload_bytes
+from wire.codec import check_finite, decode, encode, is_absent
 from wire.errors import (
     CloisterError,
     ConfigError,
@@ -35,7 +35,18 @@ from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
 from wire.state import chunks, dump_state, gather, load_state, rows_of, sha256
 
-__all__ = ["RECONNECT_S", "Answer", "Incoming", "Link", "NodeAddress", "SessionRequest", "Traffic", "addresses"]
+__all__ = [
+    "RECONNECT_S",
+    "Answer",
+    "Incoming",
+    "Inferred",
+    "Link",
+    "NodeAddress",
+    "Query",
+    "SessionRequest",
+    "Traffic",
+    "addresses",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -150,6 +161,36 @@ class Answer:
     compute_s: float
     draining: bool
     ciphertexts: encryption_pb2.Ciphertexts | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What goes up of one batch that is evaluated: tensors, or ciphertexts for one layer."""
+
+    tensors: Sequence[Released] = field(default=(), repr=False)
+    ciphertexts: SentCiphertexts | None = field(default=None, repr=False)
+    layer: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of tensors and ciphertexts."""
+        sealed = 0 if self.ciphertexts is None else self.ciphertexts.nbytes
+        return sealed + sum(released.tensor.nbytes for released in self.tensors)
+
+    def batch(self, index: int) -> node_pb2.Batch:
+        """As a message, the ``index``-th of its stream."""
+        made = node_pb2.Batch(index=index, layer=self.layer, tensors=[encode(r.tensor) for r in self.tensors])
+        if self.ciphertexts is not None:
+            made.ciphertexts.CopyFrom(self.ciphertexts.message())
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """What came back for one query; ciphertexts as they came: whoever asked for them knows what they must be."""
+
+    tensors: list[torch.Tensor | None] = field(repr=False)
+    ciphertexts: encryption_pb2.Ciphertexts | None = field(repr=False)
 
 
 class Incoming:
@@ -392,15 +433,20 @@ class Link:
             self._encrypted(response),
         )
 
-    def _encrypted(self, response: node_pb2.TrainResponse) -> encryption_pb2.Ciphertexts | None:
+    def _encrypted(
+        self, response: node_pb2.TrainResponse | node_pb2.InferResponse
+    ) -> encryption_pb2.Ciphertexts | None:
         """Ciphertexts as they came: whoever asked for them knows what they must be."""
         if not response.HasField("ciphertexts"):
             return None
         self._down += len(response.ciphertexts.words) + len(response.ciphertexts.seeds)
         return response.ciphertexts
 
-    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
-        """The middle's outputs in evaluation mode for each of ``batches``, in order."""
+    def infer(self, queries: Iterable[Query | None]) -> Iterator[Inferred]:
+        """What the node makes of each of ``queries``, in evaluation mode and in order; several are under way at a time.
+
+        ``None`` among the queries says that the next one depends on an answer that is still to come.
+        """
         stream = Stream(
             self._channel,
             self._stub.Infer,
@@ -408,12 +454,14 @@ class Link:
             reconnect_s=self._reconnect_s,
             name=f"the node {self.target}",
         )
+        index = 0
         try:
-            for index, batch in enumerate(batches):
-                tensors = [encode(released.tensor) for released in batch]
-                self._up += payload_bytes(tensors)
-                stream.send(node_pb2.InferRequest(batch=node_pb2.Batch(index=index, tensors=tensors)))
-                if len(stream) >= _INFER_AHEAD:
+            for query in queries:
+                if query is not None:
+                    self._up += query.nbytes
+                    stream.send(node_pb2.InferRequest(batch=query.batch(index)))
+                    index += 1
+                if query is None or len(stream) >= _INFER_AHEAD:
                     yield self._inferred(stream)
             while len(stream):
                 yield self._inferred(stream)
@@ -475,11 +523,11 @@ class Link:
                 _log.warning("the node was not told that the session ends: %s", error_from_rpc(error))
         self._channel.close()
 
-    def _inferred(self, stream: Stream) -> list[torch.Tensor | None]:
+    def _inferred(self, stream: Stream) -> Inferred:
         request, response = stream.receive()
         if response.index != request.batch.index:
             raise MessageRejectedError("the node answered another batch than the one it was sent")
-        return self._decoded(response.tensors)
+        return Inferred(self._decoded(response.tensors), self._encrypted(response))
 
     def _decoded(self, messages: Iterable[tensor_pb2.Tensor]) -> list[torch.Tensor | None]:
         tensors = [None if is_absent(m) else decode(m) for m in messages]

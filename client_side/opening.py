@@ -61,13 +61,14 @@ def open_session(
     With the middle's tensors as they are now, or with ``tensors`` of a snapshot, or with what the node ``kept`` of one
     (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends. ``scheme`` makes it an encrypted one.
     """
+    vanilla = cut.head is None and scheme is None  # of an encrypted middle, a node could read no loss
     link.open(
         SessionRequest(
             program=cut.captured.data,
             program_digest=cut.program.digest,
             tensors=guard.weights(tensors or initial_state(cut, guard)),
-            topology=node_pb2.TOPOLOGY_VANILLA if cut.head is None else node_pb2.TOPOLOGY_U_SHAPE,
-            loss=loss if cut.head is None else None,
+            topology=node_pb2.TOPOLOGY_VANILLA if vanilla else node_pb2.TOPOLOGY_U_SHAPE,
+            loss=loss if vanilla else None,
             optimizer=optimizer,
             seed=stream_seed(seed, "middle"),
             max_rows=max_rows,

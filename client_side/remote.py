@@ -24,7 +24,7 @@ from torch import nn
 from client_side.answers import Answers
 from client_side.cutting import Cut
 from client_side.frames import encode_frame
-from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic
+from client_side.link import RECONNECT_S, Link, NodeAddress, Query, Traffic
 from client_side.opening import DEFAULT_IDENTITY, open_session, owner_identity
 from privacy.guard import Guard
 from privacy.policy import CLEAR, Policy
@@ -119,8 +119,8 @@ class RemoteMiddle(nn.Module):
         if self.training and torch.is_grad_enabled():
             outputs = _Remote.apply(self, *smashed)  # type: ignore[no-untyped-call]  # torch's own signature
         else:
-            made = next(iter(self._link.infer([self._guard.inference(smashed)])))
-            outputs = tuple(self._answers.outputs(made, len(smashed[0]), training=False))
+            made = next(iter(self._link.infer([Query(self._guard.inference(smashed))])))
+            outputs = tuple(self._answers.outputs(made.tensors, len(smashed[0]), training=False))
         return outputs[0] if len(outputs) == 1 else outputs
 
     def step(self) -> None:

@@ -18,10 +18,9 @@ from typing import Any, Final, Protocol
 import torch
 
 from client_side.frames import FrameLog, FrameMemo, SentFrame
-from client_side.link import Answer, Incoming, Link, NodeAddress, Traffic
+from client_side.link import Answer, Incoming, Inferred, Link, NodeAddress, Query, Traffic
 from client_side.snapshots import Snapshot
 from client_side.stream import JITTER
-from privacy.guard import Released
 from wire.errors import (
     BusyError,
     CheckpointError,
@@ -68,7 +67,7 @@ class SessionLink(Protocol):
     def traffic(self) -> Traffic: ...  # noqa: D102
     def send(self, frame: SentFrame) -> None: ...  # noqa: D102
     def receive(self) -> Answer: ...  # noqa: D102
-    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]: ...  # noqa: D102
+    def infer(self, queries: Iterable[Query | None]) -> Iterator[Inferred]: ...  # noqa: D102
     def snapshot(self, *, with_optimizer: bool = False) -> tuple[int, dict[str, torch.Tensor]]: ...  # noqa: D102
     def close(self, *, end_session: bool = True) -> None: ...  # noqa: D102
 
@@ -198,16 +197,17 @@ class Route:
         self.draining = answer.draining
         return answer
 
-    def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
+    def infer(self, queries: Iterable[Query | None]) -> Iterator[Inferred]:
         """See :meth:`Link.infer`; what a lost node left unanswered is asked again."""
-        waiting: deque[Sequence[Released]] = deque()
-        source = iter(batches)
+        waiting: deque[Query] = deque()
+        source = iter(queries)
 
-        def feed() -> Iterator[Sequence[Released]]:
+        def feed() -> Iterator[Query | None]:
             yield from list(waiting)
-            for batch in source:
-                waiting.append(batch)
-                yield batch
+            for query in source:
+                if query is not None:
+                    waiting.append(query)
+                yield query
 
         while True:
             try:

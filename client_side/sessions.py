@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -16,11 +17,14 @@ from client_side.snapshots import Snapshot
 from privacy.guard import Guard
 from wire.ciphertexts import Scheme
 from wire.identity import Identity
-from wire.recipe import Loss, Optimizer
+from wire.recipe import SGD, Loss, Optimizer
+from wire.state import STATE_PREFIX
 
 __all__ = ["Sessions"]
 
 _log = logging.getLogger(__name__)
+
+_RESERVED_ROWS: Final = 2  # in the clear, which never come where a session only evaluates ciphertexts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +58,31 @@ class Sessions:
         link = self._connect(self.nodes[0], self.reconnect_s, leave_silent=False)
         try:
             self._open(link, step, tensors)
+        except BaseException:
+            link.close(end_session=False)
+            raise
+        return link
+
+    def inference(self, scheme: Scheme) -> Link:
+        """A session on the first node that evaluates the middle as it is now under encryption, and never trains.
+
+        Raises:
+            WireError, UnreachableError: the node refuses, or cannot be reached.
+        """
+        link = self._connect(self.nodes[0], self.reconnect_s, leave_silent=False)
+        try:
+            open_session(
+                link,
+                self.cut,
+                self.guard,
+                optimizer=SGD(lr=1.0),
+                loss=self.loss,
+                seed=self.seed,
+                max_rows=_RESERVED_ROWS,
+                max_in_flight=1,
+                tensors={STATE_PREFIX + name: tensor for name, tensor in self.cut.middle_state().items()},
+                scheme=scheme,
+            )
         except BaseException:
             link.close(end_session=False)
             raise

@@ -8,6 +8,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -20,7 +21,8 @@ from client_side.checkpoints import Checkpoint
 from client_side.cutting import Cut
 from client_side.durability import Checkpoints, Run, holds_run
 from client_side.encrypted import EncryptedPart, EncryptedRunner
-from client_side.inference import evaluation_mode, infer
+from client_side.encrypted_inference import EncryptedInference, EncryptionUsed, inference_scheme
+from client_side.inference import clipped, evaluation_mode, infer
 from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
 from client_side.opening import DEFAULT_IDENTITY, initial_state, owner_identity
 from client_side.owned import describe_run, owner_tensors, restore_owner
@@ -31,13 +33,16 @@ from client_side.sampling import PoissonLoader
 from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
+from privacy.ckks.workers import CipherWorkers
 from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
 from privacy.hijack import HijackDetector
 from privacy.ledger import Ledger
-from privacy.policy import CLEAR, Ckks, DpSgd, GaussianRows, Never, Policy, Rows
+from privacy.policy import CLEAR, Ckks, CkksInference, DpSgd, GaussianRows, Never, Policy, Rows
+from wire.ciphertexts import Scheme
 from wire.errors import CheckpointError, ConfigError, HijackSuspectedError, TamperingSuspectedError
 from wire.identity import Identity
+from wire.interpreter import Runner
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
 from wire.state import split_state
@@ -49,6 +54,16 @@ _log = logging.getLogger(__name__)
 _SETTLING: Final = 5  # attempts at the last checkpoint; each of them is on a node that was brought to the present
 
 _LINGER_S: Final = 30.0  # for the checkpoint that is being written when a trainer is closed
+
+
+@dataclass(frozen=True, slots=True)
+class _Inferring:
+    """A session that evaluates the middle of one step under encryption, and never trains."""
+
+    step: int
+    link: Link
+    workers: CipherWorkers
+    inference: EncryptedInference
 
 
 class Trainer:
@@ -154,6 +169,8 @@ class Trainer:
         )
         self._encrypted = EncryptedPart(cut, policy.activations) if isinstance(policy.activations, Ckks) else None
         self._sessions.scheme = None if self._encrypted is None else self._encrypted.scheme
+        self._inferring: _Inferring | None = None
+        self._used: EncryptionUsed | None = None
         self._expected: int | None = None  # rows of a batch, where they are drawn by chance
         self._link: Link | Route | None = None
         self._runner: StepRunner | EncryptedRunner | None = None
@@ -185,7 +202,13 @@ class Trainer:
     @property
     def traffic(self) -> Traffic:
         """Bytes of all sessions so far."""
-        return self._past_traffic if self._link is None else self._past_traffic + self._link.traffic
+        links = [self._link, None if self._inferring is None else self._inferring.link]
+        return sum((link.traffic for link in links if link is not None), self._past_traffic)
+
+    @property
+    def encryption(self) -> EncryptionUsed | None:
+        """What evaluation and prediction were last encrypted by; ``None`` where they were not."""
+        return self._used
 
     @property
     def guard(self) -> Guard:
@@ -250,7 +273,12 @@ class Trainer:
     def evaluate(self, loader: Loader) -> Evaluation:
         """Mean loss, and accuracy for losses over classes, in evaluation mode through the node.
 
-        Where the policy keeps inference at home, the middle is brought home for it.
+        Where the policy keeps inference at home, the middle is brought home for it; where it encrypts inference, the
+        node gets ciphertexts alone, and loss and accuracy stay here.
+
+        Raises:
+            TamperingSuspectedError: what came back under encryption is not what was asked for; says where it is kept.
+            WireError, UnreachableError: see :meth:`fit`.
         """
         total, right, rows = 0.0, 0, 0
         self._guard.open_inference(self._releases.name_of(loader), self._name)
@@ -273,9 +301,18 @@ class Trainer:
 
     def predict(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The whole model's output for one batch, in evaluation mode through the node (or at home: see the policy)."""
+        (made,) = self.predictions([inputs])
+        return made
+
+    def predictions(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+        """What :meth:`predict` returns, for each of ``batches``, in order; several are under way at a time.
+
+        Raises:
+            TamperingSuspectedError, WireError, UnreachableError: see :meth:`evaluate`.
+        """
         self._guard.open_inference(None, self._name)
         with evaluation_mode(self.cut):
-            return next(self._outputs([inputs]))
+            yield from self._outputs(batches)
 
     def fetch(self) -> None:
         """Brings the middle's tensors home, into the model that was cut."""
@@ -293,12 +330,13 @@ class Trainer:
             if run is not None:
                 run.linger(_LINGER_S)
             if self._link is not None:  # with it ends what a node in a black hole would owe for ever
-                self._past_traffic = self.traffic
+                self._past_traffic = self._past_traffic + self._link.traffic
                 self._link.close()
                 self._link = self._runner = self._route = None
         finally:
             if run is not None:
                 run.close()
+            self._end_inference()
             if self._encrypted is not None:
                 self._encrypted.close()
             self._guard.close()
@@ -371,7 +409,7 @@ class Trainer:
         if not resume and holds_run(self._plan.folder):
             raise ConfigError(f"{self._plan.folder} holds a run: go on with it (resume), or take another folder")
         if self._link is not None:  # opened to evaluate what was not trained yet
-            self._past_traffic = self.traffic
+            self._past_traffic = self._past_traffic + self._link.traffic
             self._link.close()
             self._link = self._runner = None
         run = Run(self._plan)
@@ -543,6 +581,9 @@ class Trainer:
         if isinstance(self._guard.policy.inference, Never):
             yield from self._at_home(batches)
             return
+        if isinstance(self._guard.policy.inference, CkksInference):
+            yield from self._under_encryption(batches, self._guard.policy.inference)
+            return
         link = self._link
         if link is None:  # nothing was trained yet: the first batch says how large a session to open
             rest = iter(batches)
@@ -553,9 +594,70 @@ class Trainer:
             link = self._open(len(first[0]))
         yield from infer(self.cut, link, self._guard, batches, max_rows=self._sessions.max_rows, device=self._device)
 
+    def _under_encryption(self, batches: Iterable[Batch], treatment: CkksInference) -> Iterator[torch.Tensor]:
+        inference = self._encrypted_inference(treatment)
+        self._used = inference.used
+        try:
+            yield from inference.outputs(batches)
+        except TamperingSuspectedError as error:
+            if inference.evidence is None:
+                raise
+            kept = inference.evidence.save(self._evidence_folder())
+            raise TamperingSuspectedError(f"{error}; what it sent is in {kept}") from error
+
+    def _encrypted_inference(self, treatment: CkksInference) -> EncryptedInference:
+        """Over the session at hand, where that is encrypted; or over one of its own, with the middle as it is now."""
+        if self._closed:
+            raise ConfigError("the trainer was closed; make a new one")
+        part, step = self._encrypted, self.state.global_step
+        if part is not None and self._link is not None:
+            if part.scheme.send_weights:
+                self.fetch()
+            return self._inference_over(self._link, part.workers, part.scheme, treatment)
+        if self._inferring is not None and self._inferring.step == step:
+            return self._inferring.inference
+        self._end_inference()
+        self.fetch()
+        scheme = inference_scheme(self.cut, treatment)
+        link, workers = self._sessions.inference(scheme), CipherWorkers(scheme.ring)
+        try:
+            inference = self._inference_over(link, workers, scheme, treatment)
+        except BaseException:
+            link.close()
+            workers.close()
+            raise
+        self._inferring = _Inferring(step, link, workers, inference)
+        return inference
+
+    def _inference_over(
+        self, link: Link | Route, workers: CipherWorkers, scheme: Scheme, treatment: CkksInference
+    ) -> EncryptedInference:
+        clip, check_rows = self._guard.policy.activations, treatment.check_rows
+        return EncryptedInference(
+            self.cut,
+            link,
+            self._guard,
+            workers,
+            scheme,
+            check_rows=check_rows,
+            clip=clip.clip if isinstance(clip, Ckks) else None,
+            device=self._device,
+        )
+
+    def _end_inference(self) -> None:
+        """Of a session that only evaluates, if there is one."""
+        ended, self._inferring = self._inferring, None
+        if ended is not None:
+            self._past_traffic = self._past_traffic + ended.link.traffic
+            ended.workers.close()
+            ended.link.close()
+
     def _at_home(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         """The whole model here: nothing leaves."""
         self.fetch()
+        if isinstance(self._guard.policy.activations, Ckks):
+            yield from self._clipped_at_home(batches, self._guard.policy.activations.clip)
+            return
         model = self.cut.reassemble()
         training = model.training
         model.eval()
@@ -564,6 +666,16 @@ class Trainer:
                 yield model(*(x.to(self._device) for x in inputs))
         finally:
             model.train(training)
+
+    def _clipped_at_home(self, batches: Iterable[Batch], clip: float) -> Iterator[torch.Tensor]:
+        """The same, of a model that was trained on clipped activations."""
+        cut, runner = self.cut, Runner(self.cut.program, self.cut.program.eval, self._device)
+        known = cut.middle_state()
+        state = [known[spec.name].to(self._device) for spec in cut.program.state]
+        for inputs in batches:
+            up, kept = cut.split_outputs(cut.front(*(x.to(self._device) for x in inputs)))
+            made = runner.run([*state, *(clipped(tensor, clip) for tensor in up)])
+            yield made[0] if cut.head is None else cut.head(*made, *kept)
 
     def _tell(self, event: str, control: Control, *details: object) -> None:
         for callback in self._callbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
 from cloister.jobs import Job
 from privacy.ledger import Ledger
-from privacy.policy import Never
+from privacy.policy import CkksInference, Never, Policy
 from wire.errors import CloisterError, ConfigError
 from wire.identity import Identity, load_identity
 
@@ -27,6 +28,7 @@ __all__ = [
     "cut_model",
     "first_inputs",
     "greet_node",
+    "inference_policy",
     "make_loader",
     "make_model",
     "new_trainer",
@@ -46,9 +48,17 @@ def owner_of(job: Job) -> Identity:
     return load_identity(job.node.identity.expanduser())
 
 
-def at_home(job: Job) -> bool:
+def inference_policy(job: Job, *, encrypted: bool) -> Policy:
+    """The job's policy; where asked for, with evaluation and prediction under encryption, whatever it says of them."""
+    policy = job.privacy.policy()
+    if not encrypted or isinstance(policy.inference, CkksInference):
+        return policy
+    return dataclasses.replace(policy, inference=CkksInference())
+
+
+def at_home(policy: Policy) -> bool:
     """Whether evaluation and prediction need no node."""
-    return isinstance(job.privacy.policy().inference, Never)
+    return isinstance(policy.inference, Never)
 
 
 def greet_node(job: Job, identity: Identity) -> str:
@@ -155,9 +165,15 @@ def cut_model(job: Job, model: nn.Module, example: Sequence[torch.Tensor]) -> Cu
 
 
 def new_trainer(
-    job: Job, made: Cut, identity: Identity, callbacks: Sequence[Callback], checkpoints: Checkpoints | None = None
+    job: Job,
+    made: Cut,
+    identity: Identity,
+    callbacks: Sequence[Callback],
+    checkpoints: Checkpoints | None = None,
+    *,
+    policy: Policy | None = None,
 ) -> Trainer:
-    """The trainer that the job describes; with ``checkpoints``, on all of its nodes."""
+    """The trainer that the job describes, or with another ``policy``; with ``checkpoints``, on all of its nodes."""
     return Trainer(
         made,
         node=job.node.where() if checkpoints is not None else job.node.where()[:1],
@@ -170,7 +186,7 @@ def new_trainer(
         callbacks=callbacks,
         reconnect_s=job.node.reconnect_seconds,
         checkpoints=checkpoints,
-        policy=job.privacy.policy(),
+        policy=policy or job.privacy.policy(),
         ledger=None if job.privacy.ledger is None else Ledger(job.privacy.ledger),
         data_set=job.privacy.data_set,
         units=units_of(job),

@@ -10,7 +10,7 @@ import typer
 from cloister.jobfile import load_job
 from cloister.jobs import Job
 
-__all__ = ["IdentityOption", "JobArgument", "NodeOption", "SetOption", "WeightsOption", "job_from"]
+__all__ = ["EncryptedOption", "IdentityOption", "JobArgument", "NodeOption", "SetOption", "WeightsOption", "job_from"]
 
 JobArgument: TypeAlias = Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")]
 SetOption: TypeAlias = Annotated[
@@ -27,6 +27,16 @@ NodeOption: TypeAlias = Annotated[
 ]
 IdentityOption: TypeAlias = Annotated[
     Path | None, typer.Option(help="The owner's identity folder; sets node.identity.")
+]
+EncryptedOption: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--encrypted",
+        help="Let the node compute on ciphertexts (CKKS), whatever the job's policy says of inference: it sees no "
+        "activation, and returns none that you can read without your key, which never leaves. The node multiplies by "
+        "the middle's linear, conv1d and conv2d layers; what lies between two of them is computed here, and goes up "
+        "encrypted anew. Buys confidentiality, not speed.",
+    ),
 ]
 WeightsOption: TypeAlias = Annotated[Path, typer.Option(help="The weights: a safetensors file, such as train wrote.")]
 

@@ -17,14 +17,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Final, Self
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -158,6 +160,15 @@ class ProgressDisplay(Callback):
         """One line that stays."""
         # Never wrapped: a line is a line, for whoever reads a log.
         self._console.print(Text(clean(line)), no_wrap=True, overflow="ignore", crop=False)
+
+    def counted(self, batches: Iterable[torch.Tensor], of: int) -> Iterator[torch.Tensor]:
+        """``batches`` as they come; in a terminal, a bar moves with their rows, of which there are ``of`` in all."""
+        shown = (TextColumn("{task.completed:,.0f} of {task.total:,.0f} rows"), BarColumn(), TimeRemainingColumn())
+        with Progress(*shown, console=self._console, transient=True, disable=not self._is_live) as bar:
+            task = bar.add_task("rows", total=of)
+            for batch in batches:
+                bar.advance(task, len(batch))
+                yield batch
 
     def notify(self, text: str) -> None:
         """Says something from inside a signal handler, where printing is not safe."""

@@ -27,6 +27,7 @@ from privacy.ledger import Budget, Ledger, Position, Release
 from privacy.mechanisms import Noise, noisy_rows
 from privacy.policy import (
     Ckks,
+    CkksInference,
     Clear,
     DpSgd,
     GaussianRows,
@@ -251,7 +252,10 @@ class Guard:
         return None if self._situation is None else self._situation.data_set
 
     def open_inference(self, data_set: str | None, run: str) -> None:
-        """Before records are evaluated or predicted through the node: they leave in the clear, or not at all."""
+        """Before records are evaluated or predicted through the node: what leaves in the clear is written down.
+
+        Encrypted, they tell the node nothing: no entry is made, and no claim changes.
+        """
         if isinstance(self.policy.inference, Clear) and self.policy.claims:
             raise ReleaseRefusedError(
                 "privacy: no finite ε would hold, because evaluation and prediction send activations in the clear"
@@ -343,10 +347,7 @@ class Guard:
         """Ciphertexts under a key that never leaves: their seeds and their words, uint8."""
         if not isinstance(self.policy.activations, Ckks):
             raise ReleaseRefusedError("privacy: this policy encrypts nothing")
-        seeds, words = self._out(
-            "ciphertexts", [torch.from_numpy(ciphertexts.seeds.copy()), torch.from_numpy(ciphertexts.words.copy())]
-        )
-        return seeds, words
+        return self._sealed("ciphertexts", ciphertexts)
 
     def update(self, gradients: DpGradients | None, rows: int, parameters: Sequence[nn.Parameter]) -> list[Released]:
         """The gradients of an encrypted layer's ``parameters``, once a step.
@@ -401,8 +402,15 @@ class Guard:
         if isinstance(self.policy.inference, Clear):
             return self._out("inference", tensors)
         raise ReleaseRefusedError(
-            'privacy: with this policy, evaluation and prediction stay at home; inference = "clear" lets activations go'
+            "privacy: with this policy, evaluation and prediction send no activations in the clear; "
+            'inference = "clear" lets them go'
         )
+
+    def encrypted_inference(self, ciphertexts: Encrypted) -> tuple[Released, Released]:
+        """Ciphertexts of records that are evaluated, or predicted: their seeds and their words, uint8."""
+        if not isinstance(self.policy.inference, CkksInference):
+            raise ReleaseRefusedError('privacy: inference = "ckks" lets ciphertexts of evaluated records go')
+        return self._sealed("inference", ciphertexts)
 
     def weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Released]:
         """What a session begins with: the middle's tensors as before any training, or as a node sent them; a table."""
@@ -420,6 +428,11 @@ class Guard:
         if table.labels is not None and may and self._begun().vanilla:
             found["labels"] = table.labels
         return found
+
+    def _sealed(self, kind: str, ciphertexts: Encrypted) -> tuple[Released, Released]:
+        parts = [torch.from_numpy(ciphertexts.seeds.copy()), torch.from_numpy(ciphertexts.words.copy())]
+        seeds, words = self._out(kind, parts)
+        return seeds, words
 
     def _noised(self, tensors: Sequence[Tensor], clip: float, noise: float | None) -> list[Tensor]:
         """Clipped and noised, all of one record's tensors together; gradients pass as if there were no noise."""

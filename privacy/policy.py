@@ -1,8 +1,8 @@
 """What may leave, as data: one treatment for each kind of release.
 
 Kinds: ``activations`` (smashed data of the training records), ``labels``, ``gradients`` (at the middle's outputs, in
-the U-shape), ``inference`` (activations when evaluating or predicting). ``front`` and ``head`` say how these parts
-learn, because all that they learn shows in whatever they send later.
+the U-shape), ``inference`` (activations when evaluating or predicting; encrypted, they tell a node nothing). ``front``
+and ``head`` say how these parts learn, because all that they learn shows in whatever they send later.
 
 A finite ε is claimed only where :func:`holes` finds nothing: each entry there is a way around the treatments.
 """
@@ -23,12 +23,14 @@ __all__ = [
     "Activations",
     "Aggregate",
     "Ckks",
+    "CkksInference",
     "Clear",
     "DpSgd",
     "Frozen",
     "GaussianRows",
     "Gradients",
     "Included",
+    "Inference",
     "Labels",
     "Moments",
     "Never",
@@ -162,6 +164,29 @@ class Ckks:
         _positive(
             "ckks", clip=self.clip, gradient_clip=self.gradient_clip, noise=self.noise, check_rows=self.check_rows
         )
+        _check_exchange(self.send_weights, self.check_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CkksInference:
+    """Encrypted before it leaves, in evaluation and prediction: a node sees ciphertexts, their number, and timing.
+
+    The node evaluates the middle's linear and convolution layers; what lies between two of them is computed here, in
+    the clear, and encrypted anew. What was decrypted stays here. So nothing is released, and nothing accounted.
+
+    Attributes:
+        send_weights: whether the owner checks results by weights that it has; otherwise by secret combinations of rows,
+            and the node sends biases alone.
+        check_rows: of each batch so many rows, drawn at random, are computed here as well and compared.
+    """
+
+    send_weights: bool = True
+    check_rows: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError where a number makes no sense."""
+        _positive("ckks", check_rows=self.check_rows)
+        _check_exchange(self.send_weights, self.check_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,13 +243,14 @@ Activations: TypeAlias = Clear | Rows | Aggregate | Moments | Ckks
 Labels: TypeAlias = Clear | Never | Included | RandomizedLabels
 Gradients: TypeAlias = Clear | Included | GaussianRows
 Part: TypeAlias = Clear | Frozen | DpSgd
+Inference: TypeAlias = Clear | Never | CkksInference
 #: Treatments that release a table of rows once, from which any number of epochs are trained.
 Table: TypeAlias = Rows | Aggregate | Moments
 
 # Of all numbers but δ: what lies beyond means nothing, and overflows somewhere.
 _LEAST: Final = 1e-9
 _MOST: Final = 1e9
-_SWITCHES: Final = frozenset({"once", "per_class"})
+_SWITCHES: Final = frozenset({"once", "per_class", "send_weights"})
 
 _NAMES: Final[dict[str, dict[str, type[Any]]]] = {
     "activations": {"clear": Clear, "rows": Rows, "aggregate": Aggregate, "moments": Moments, "ckks": Ckks},
@@ -232,7 +258,7 @@ _NAMES: Final[dict[str, dict[str, type[Any]]]] = {
     "gradients": {"clear": Clear, "included": Included, "gaussian": GaussianRows},
     "front": {"clear": Clear, "frozen": Frozen, "dp_sgd": DpSgd},
     "head": {"clear": Clear, "frozen": Frozen, "dp_sgd": DpSgd},
-    "inference": {"clear": Clear, "never": Never},
+    "inference": {"clear": Clear, "never": Never, "ckks": CkksInference},
 }
 
 
@@ -247,7 +273,7 @@ class Policy:
         gradients: at the middle's outputs (U-shape).
         front: how it learns.
         head: how it learns (U-shape).
-        inference: whether evaluating and predicting may go through the node; ``Never`` does it at home.
+        inference: whether evaluating and predicting may go through the node, and how; ``Never`` does it at home.
         epsilon: what may be spent on the data set, by all runs on it together; infinite where none is claimed.
         delta: below 1/n.
         relation: which data sets count as neighbours; see :class:`~privacy.accounting.Relation`.
@@ -261,7 +287,7 @@ class Policy:
     gradients: Gradients = Included()
     front: Part = Frozen()
     head: Part = Frozen()
-    inference: Clear | Never = Never()
+    inference: Inference = Never()
     epsilon: float = math.inf
     delta: float = 1e-5
     relation: Relation = Relation.REPLACE_ONE
@@ -446,6 +472,13 @@ def _positive(treatment: str, **numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and (type(value) is bool or not _LEAST <= value <= _MOST):
             raise ConfigError(f"{treatment}: {name} = {value}; above 0, from {_LEAST:g} to {_MOST:g}")
+
+
+def _check_exchange(send_weights: object, check_rows: object) -> None:
+    if type(send_weights) is not bool or type(check_rows) is not int:
+        raise ConfigError(
+            f"ckks: send_weights = {send_weights!r}, check_rows = {check_rows!r}; true or false, and a whole number"
+        )
 
 
 #: Everything as it is: for nodes that are trusted, or attested.

@@ -37,7 +37,9 @@ class Encryption(google.protobuf.message.Message):
     row_norm: builtins.float
     """No row that comes up is longer (L2): a node refuses weights with which a result could wrap around the modulus."""
     send_weights: builtins.bool
-    """The parameters go down with each encrypted forward, and the owner computes input gradients itself."""
+    """The owner has the weights: in training the parameters go down with each encrypted forward, and it computes input
+    gradients itself. Otherwise biases alone go down.
+    """
     def __init__(
         self,
         *,

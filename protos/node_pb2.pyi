@@ -440,7 +440,9 @@ class SessionSpec(google.protobuf.message.Message):
     def optimizer(self) -> Global___Optimizer: ...
     @property
     def encryption(self) -> protos.encryption_pb2.Encryption:
-        """Set where smashed data comes under encryption: the middle is then one linear map, evaluated on ciphertexts."""
+        """Set where smashed data comes under encryption. A middle that is one linear map can train; a deeper one evaluates,
+        layer by layer.
+        """
 
     def __init__(
         self,
@@ -698,7 +700,12 @@ class Batch(google.protobuf.message.Message):
     INDEX_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
     CIPHERTEXTS_FIELD_NUMBER: builtins.int
+    LAYER_FIELD_NUMBER: builtins.int
     index: builtins.int
+    layer: builtins.int
+    """With ciphertexts: which of the middle's linear and convolution layers they go through, in the order in which these
+    run. Bias, and all that lies between two layers, is the owner's.
+    """
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
     @property
@@ -711,10 +718,11 @@ class Batch(google.protobuf.message.Message):
         index: builtins.int = ...,
         tensors: collections.abc.Iterable[protos.tensor_pb2.Tensor] | None = ...,
         ciphertexts: protos.encryption_pb2.Ciphertexts | None = ...,
+        layer: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "index", b"index", "tensors", b"tensors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["ciphertexts", b"ciphertexts", "index", b"index", "layer", b"layer", "tensors", b"tensors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Batch: typing_extensions.TypeAlias = Batch
@@ -728,7 +736,9 @@ class InferResponse(google.protobuf.message.Message):
     CIPHERTEXTS_FIELD_NUMBER: builtins.int
     index: builtins.int
     @property
-    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
+    def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]:
+        """With ciphertexts: the layer's bias, where the session's spec keeps weights on the node, and otherwise nothing."""
+
     @property
     def ciphertexts(self) -> protos.encryption_pb2.Ciphertexts: ...
     def __init__(

@@ -1,9 +1,10 @@
-"""The encrypted layer: one linear map, evaluated on ciphertexts by a node that has no key and no library for them.
+"""Encrypted layers: linear maps, evaluated on ciphertexts by a node that has no key and no library for them.
 
-What comes up is an encryption of each row's activations; what goes down encrypts the same rows times the layer's
-weights. Ciphertexts add, and scale by integers, word by word, so the layer is a product of matrices modulo q
-(:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same integers. A convolution is
-lowered to its matrix. No decision depends on what the ciphertexts hold.
+What comes up is an encryption of each row's activations; what goes down encrypts the same rows times a layer's
+weights. A middle that is one such layer trains as well; of a deeper one each layer is evaluated by itself, and the
+owner computes what lies between two of them. Ciphertexts add, and scale by integers, word by word, so a layer is a
+product of matrices modulo q (:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same
+integers. A convolution is lowered to its matrix. No decision depends on what the ciphertexts hold.
 
 Two packings. *Whole*: each feature has a ciphertext of its own, and weights are integers. *Blocks*: a ciphertext holds
 several features, ``block_rows`` rows of each, and weights are polynomials that hold one number for each block; the
@@ -24,35 +25,75 @@ import torch
 from protos import encryption_pb2, program_pb2
 from server_side.expansion import expand
 from server_side.rings import combine, evaluations, multiply, slot_polynomials
-from wire.affine import ROWS_AT_ONCE, affine_map, bias_names, check_affine
+from wire.affine import ROWS_AT_ONCE, affine_layers, affine_map, bias_names, check_affine
 from wire.ciphertexts import MAX_CIPHERTEXTS, Ciphertexts, Ring, Scheme, Words, decode, encode_into
-from wire.errors import LimitExceededError, SpecRejectedError
+from wire.errors import LimitExceededError, MessageRejectedError, SpecRejectedError
 from wire.program import Program
 
-__all__ = ["EncryptedLayer", "apply_matrix", "encrypted_bytes"]
+__all__ = ["EncryptedLayers", "apply_matrix", "encrypted_bytes"]
 
 _COPIES: Final = 6  # of the words, while they are multiplied: as integers, expanded, as limbs
 _POLYNOMIALS_AT_ONCE: Final = 256  # of weights in blocks: 8 MB of each intermediate
 
 
-class EncryptedLayer:
-    """A session's linear map on ciphertexts."""
+class EncryptedLayers:
+    """A session's linear maps on ciphertexts.
+
+    Attributes:
+        trains: whether the middle is one linear map as a whole, and can be trained.
+    """
 
     def __init__(self, program: Program, scheme: Scheme, device: torch.device, max_bytes: int) -> None:
-        """Checks that the program is one linear map.
+        """Finds the program's layers.
 
         Raises:
-            SpecRejectedError: it is not.
-            LimitExceededError: its matrix or its ciphertexts would be larger than the node allows.
+            SpecRejectedError: it has none, or one that is no linear map by its own weights.
+            LimitExceededError: a matrix or its ciphertexts would be larger than the node allows.
         """
-        check_affine(program)
+        self._layers = affine_layers(program)
         self._program, self._scheme, self._device, self._max_bytes = program, scheme, device, max_bytes
+        self._matrices: dict[int, torch.Tensor] = {}
+        self._step = -1
+        self.trains = _is_affine(program)
         self._told = {
             spec.name
             for spec in program.state
-            if spec.kind == program_pb2.STATE_KIND_PARAMETER
+            if self.trains
+            and spec.kind == program_pb2.STATE_KIND_PARAMETER
             and (scheme.send_weights or spec.name in bias_names(program))
         }
+
+    def infer(
+        self,
+        number: int,
+        message: encryption_pb2.Ciphertexts,
+        values: Mapping[str, torch.Tensor],
+        step: int,
+        into: encryption_pb2.Ciphertexts,
+    ) -> list[torch.Tensor]:
+        """One layer's rows times its weights, without the bias; returns the bias where the owner has no weights.
+
+        Args:
+            number: of the layer.
+            message: what came up.
+            values: the program's state, by name.
+            step: that comes next: as long as it is the same, so are the values.
+            into: the answer.
+
+        Raises:
+            MessageRejectedError: there is no such layer.
+            MessageRejectedError, LimitExceededError: as for :meth:`forward`.
+        """
+        if number >= len(self._layers):
+            raise MessageRejectedError(f"layer {number} of a middle that has {len(self._layers)}")
+        layer = self._layers[number]
+        if step != self._step:
+            self._matrices.clear()
+            self._step = step
+        if number not in self._matrices:
+            self._matrices[number] = layer.matrix(values[layer.weight].to(self._device))
+        self._apply(message, self._matrices[number], into)
+        return [] if self._scheme.send_weights or layer.bias is None else [values[layer.bias].detach()]
 
     def forward(
         self, message: encryption_pb2.Ciphertexts, values: Mapping[str, torch.Tensor], into: encryption_pb2.Ciphertexts
@@ -145,10 +186,25 @@ def _combine_blocks(words_PCN: torch.Tensor, matrix_FO: torch.Tensor, block_rows
 
 
 def encrypted_bytes(program: Program, scheme: Scheme) -> int:
-    """What evaluating the layer once may hold, for an owner's account."""
-    features, outputs = check_affine(program)
-    polynomials = 2 * scheme.ring.degree * (features + outputs)
-    return 8 * (_COPIES * polynomials + 3 * features * outputs + 3 * ROWS_AT_ONCE * (features + outputs))
+    """What evaluating the largest layer once may hold, and the matrices of all of them, for an owner's account."""
+    layers = affine_layers(program)
+    sizes = [(layer.features, layer.outputs) for layer in layers]
+    sizes += [check_affine(program)] if _is_affine(program) else []
+    once = max(
+        _COPIES * 2 * scheme.ring.degree * (features + outputs)
+        + 3 * features * outputs
+        + 3 * ROWS_AT_ONCE * (features + outputs)
+        for features, outputs in sizes
+    )
+    return 8 * (once + sum(layer.features * layer.outputs for layer in layers))
+
+
+def _is_affine(program: Program) -> bool:
+    try:
+        check_affine(program)
+    except (SpecRejectedError, LimitExceededError):
+        return False
+    return True
 
 
 def _checked_block(block_rows: int, ring: Ring) -> int:

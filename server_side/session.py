@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
-from server_side.encrypted import EncryptedLayer
+from server_side.encrypted import EncryptedLayers
 from server_side.rows import KeptRows
 from wire.ciphertexts import Scheme
 from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
@@ -128,7 +128,7 @@ class Session:
         rows = rows_of(tensors)
         self._rows = KeptRows(rows, program, device) if rows else None
         scheme = plan.scheme
-        self._encrypted = None if scheme is None else EncryptedLayer(program, scheme, device, plan.tensor_bytes)
+        self._encrypted = None if scheme is None else EncryptedLayers(program, scheme, device, plan.tensor_bytes)
         self._step = plan.first_step
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
@@ -211,6 +211,8 @@ class Session:
             self.last_used = time.monotonic()
             if self._encrypted is not None:
                 return self._infer_encrypted(self._encrypted, batch)
+            if batch.layer or batch.HasField("ciphertexts"):
+                raise MessageRejectedError("ciphertexts, and the session was opened without encryption")
             inputs = self._inputs(batch.tensors, training=False)
             with torch.no_grad(), self._computing(training=False):
                 outputs = self._eval.run([*self._values, *inputs])
@@ -252,7 +254,7 @@ class Session:
         micro_batch, phase = frame.micro_batch, frame.phase
         expected: int | None
         if self._encrypted is not None:
-            self._check_encrypted_order(frame)
+            self._check_encrypted_order(self._encrypted, frame)
             return
         if phase == node_pb2.PHASE_FORWARD and not vanilla:
             expected = self._forwards
@@ -278,8 +280,10 @@ class Session:
         if frame.update and (phase == node_pb2.PHASE_FORWARD or len(self._pending) > 1):
             raise StepOutOfOrderError(f"step {self._step}: an update while other micro-batches wait for their backward")
 
-    def _check_encrypted_order(self, frame: node_pb2.Frame) -> None:
+    def _check_encrypted_order(self, layers: EncryptedLayers, frame: node_pb2.Frame) -> None:
         """One forward, at most one backward, and the parameters' gradients, which update."""
+        if not layers.trains:
+            raise MessageRejectedError("a middle of more than one layer is evaluated under encryption, and not trained")
         done = (self._forwards, self._backwards)
         follows = {
             node_pb2.PHASE_ENCRYPTED_FORWARD: done == (0, 0) and not frame.update,
@@ -331,7 +335,7 @@ class Session:
         self._backwards += 1
         return _answer_of(self._input_gradients(pending))
 
-    def _encrypted_phase(self, layer: EncryptedLayer, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
+    def _encrypted_phase(self, layer: EncryptedLayers, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
         answer = node_pb2.TrainResponse()
         if frame.phase == node_pb2.PHASE_ENCRYPTED_FORWARD:
             layer.forward(frame.ciphertexts, self._named_values(), answer.ciphertexts)
@@ -360,11 +364,13 @@ class Session:
         for gradient, parameter in zip(gradients, wanted, strict=True):
             parameter.grad = gradient
 
-    def _infer_encrypted(self, layer: EncryptedLayer, batch: node_pb2.Batch) -> node_pb2.InferResponse:
+    def _infer_encrypted(self, layers: EncryptedLayers, batch: node_pb2.Batch) -> node_pb2.InferResponse:
+        if batch.tensors:
+            raise MessageRejectedError("an encrypted session takes no tensors in the clear")
         answer = node_pb2.InferResponse(index=batch.index)
-        layer.forward(batch.ciphertexts, self._named_values(), answer.ciphertexts)
-        for told in layer.told(self._named_values()):
-            encode_into(answer.tensors.add(), told)
+        told = layers.infer(batch.layer, batch.ciphertexts, self._named_values(), self._step, answer.ciphertexts)
+        for bias in told:
+            encode_into(answer.tensors.add(), bias)
         return answer
 
     def _named_values(self) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 from client_side.cutting import cut
 from privacy.ckks.seal import Key, _context
 from protos import encryption_pb2
-from server_side.encrypted import EncryptedLayer, apply_matrix
+from server_side.encrypted import EncryptedLayers, apply_matrix
 from server_side.expansion import expand
 from server_side.rings import combine, evaluations, multiply, slot_polynomials
 from wire.affine import affine_map, bias_names, check_affine
@@ -219,7 +219,7 @@ def test_a_middle_that_is_more_than_one_linear_map_is_refused(middle: nn.Module)
     made = cut(_Around(middle), front="front", head="head", example=torch.randn(3, 6))
 
     with pytest.raises(SpecRejectedError, match="one linear or convolution layer"):
-        EncryptedLayer(made.program, Scheme(row_norm=1.0), CPU, 2**28)
+        check_affine(made.program)
 
 
 @pytest.mark.parametrize("ring", RINGS)
@@ -307,7 +307,7 @@ def test_T17_a_transparent_ciphertext_is_refused() -> None:
 
 def test_T02_T17_a_node_answers_malformed_ciphertexts_with_the_documented_errors() -> None:
     made = cut(_Around(nn.Linear(6, 4)), front="front", head="head", example=torch.randn(3, 6))
-    layer = EncryptedLayer(made.program, Scheme(row_norm=1.0), CPU, 2**28)
+    layer = EncryptedLayers(made.program, Scheme(row_norm=1.0), CPU, 2**28)
     values = made.middle_state()
     honest, generator, ends = message(6), np.random.default_rng(0), set()
     for case in range(int(os.environ.get("CLOISTER_FUZZ_CASES", "200"))):
@@ -345,7 +345,7 @@ def test_T02_a_layer_whose_matrix_would_not_fit_is_refused_before_it_is_made() -
 
 def test_T06_weights_that_are_not_finite_are_refused() -> None:
     made = cut(_Around(nn.Linear(6, 4)), front="front", head="head", example=torch.randn(3, 6))
-    layer = EncryptedLayer(made.program, Scheme(row_norm=1.0), CPU, 2**28)
+    layer = EncryptedLayers(made.program, Scheme(row_norm=1.0), CPU, 2**28)
     values = {name: torch.full_like(t, float("nan")) for name, t in made.middle_state().items()}
 
     with pytest.raises(LimitExceededError, match="not finite"):

@@ -53,8 +53,10 @@ RESULT: Final = [
     "interrupted",
 ]
 METRICS: Final = "step epoch loss lr rows seconds node_seconds bytes_up bytes_down reconnects".split()  # noqa: SIM905
-EVALUATED: Final = "loss accuracy labels seconds bytes_up bytes_down weights weights_sha256 program_sha256".split()  # noqa: SIM905
-PREDICTED: Final = "rows shape dtype seconds bytes_up bytes_down out weights_sha256 program_sha256".split()  # noqa: SIM905
+EVALUATED: Final = """loss accuracy labels seconds bytes_up bytes_down weights weights_sha256 program_sha256
+    encryption security_bits encrypted_layers""".split()  # noqa: SIM905
+PREDICTED: Final = """rows shape dtype seconds bytes_up bytes_down out weights_sha256 program_sha256
+    encryption security_bits encrypted_layers""".split()  # noqa: SIM905
 
 
 def command(*arguments: object) -> list[str]:
@@ -384,6 +386,7 @@ def test_predict_writes_what_the_whole_model_says(
 
     told = json.loads(ran.stdout)
     assert list(told) == PREDICTED
+    assert told["encryption"] is None
     assert (told["rows"], told["shape"], told["dtype"]) == (360, [360, 10], "float32")
     model = digits.model().eval()
     model.load_state_dict(safetensors.torch.load_file(weights))
@@ -391,6 +394,34 @@ def test_predict_writes_what_the_whole_model_says(
         assert torch.equal(model(images), torch.from_numpy(np.load(tmp_path / "y.npy")))
     assert again.returncode == ExitCode.CONFIG
     assert "is there already: give another --out, or --force" in again.stderr
+
+
+def test_predict_and_eval_under_encryption_say_by_which_scheme_and_what_the_model_says(
+    node: cloister.LocalNode, trained: Run, tmp_path: Path
+) -> None:
+    text = JOB.read_text().replace('front = "stem"\nhead = "head"', 'front = "body"')  # the last layer is the node's
+    (tmp_path / "job.toml").write_text(text)
+    images, labels = digits.load("test").tensors
+    np.save(tmp_path / "x.npy", images.numpy())
+    weights = ["--weights", trained.folder / "model.safetensors", "--encrypted", "--format", "json", *owned(node)]
+    ask = ["predict", tmp_path / "job.toml", "--input", tmp_path / "x.npy", "--out", tmp_path / "y.npy", *weights]
+
+    predicted, evaluated = run(*ask), run("eval", tmp_path / "job.toml", *weights)
+
+    assert predicted.returncode == evaluated.returncode == 0, predicted.stderr + evaluated.stderr
+    told, found = json.loads(predicted.stdout), json.loads(evaluated.stdout)
+    assert (list(told), list(found)) == (PREDICTED, EVALUATED)
+    used = "CKKS, ring degree 2048, modulus of 54 bits"
+    for result in (told, found):
+        assert (result["encryption"], result["security_bits"], result["encrypted_layers"]) == (used, 128, 1)
+    model = digits.model().eval()
+    model.load_state_dict(safetensors.torch.load_file(trained.folder / "model.safetensors"))
+    with torch.no_grad():
+        wanted = model(images)
+    made = torch.from_numpy(np.load(tmp_path / "y.npy"))
+    assert 0 < float((made - wanted).abs().max()) < 1e-3
+    assert told["bytes_up"] > 1_000_000  # ciphertexts: 64 numbers a row would be 92,160 bytes
+    assert found["accuracy"] == pytest.approx(float((wanted.argmax(1) == labels).float().mean()), abs=1e-6)
 
 
 def test_predict_says_why_an_input_does_not_fit(

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -71,14 +71,33 @@ class Runner:
         Raises:
             Whatever an operator raises; see :func:`activation_bytes` and the session for who translates it.
         """
+        walk = self.walk(values, frozenset(), visit)
+        try:
+            next(walk)
+        except StopIteration as done:
+            outputs: list[torch.Tensor] = done.value
+            return outputs
+        raise AssertionError("nothing was to be left out")
+
+    def walk(
+        self, values: Sequence[Any], stops: frozenset[int], visit: Callable[[Any], None] | None = None
+    ) -> Generator[tuple[int, Any], torch.Tensor, list[torch.Tensor]]:
+        """The same, but for the operations numbered in ``stops``, which somebody else computes.
+
+        Yields:
+            the number of such an operation and its first argument; its result is to be sent in.
+
+        Returns:
+            the graph's outputs.
+        """
         environment = list(values)
         grad = torch.is_grad_enabled()
         try:
-            for function, resolve, dead in self._steps:
+            for number, (function, resolve, dead) in enumerate(self._steps):
                 args, kwargs = resolve(environment)
                 if function is _SET_GRAD:  # never switched on where the caller switched it off
                     args = [grad and args[0]]
-                result = function(*args, **kwargs)
+                result = (yield number, args[0]) if number in stops else function(*args, **kwargs)
                 if visit is not None:
                     visit(result)
                 environment.append(result)

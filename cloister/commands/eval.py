@@ -14,12 +14,21 @@ from cloister.assembly import (
     cut_model,
     first_inputs,
     greet_node,
+    inference_policy,
     make_loader,
     make_model,
     new_trainer,
     owner_of,
 )
-from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
+from cloister.joboptions import (
+    EncryptedOption,
+    IdentityOption,
+    JobArgument,
+    NodeOption,
+    SetOption,
+    WeightsOption,
+    job_from,
+)
 from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
 from cloister.runs import remarks
@@ -44,6 +53,9 @@ class EvalResult:
         weights: the file.
         weights_sha256: of the file.
         program_sha256: the middle's architecture.
+        encryption: the scheme, its ring's degree and its modulus; nothing where all left in the clear, or nothing left.
+        security_bits: of the encryption, by the HomomorphicEncryption.org standard.
+        encrypted_layers: how many of the middle's layers the node evaluated on ciphertexts.
     """
 
     loss: float | None
@@ -55,6 +67,9 @@ class EvalResult:
     weights: Path
     weights_sha256: str
     program_sha256: str
+    encryption: str | None
+    security_bits: int | None
+    encrypted_layers: int | None
 
 
 @app.command("eval")
@@ -62,6 +77,7 @@ def evaluate(
     job_file: JobArgument,
     *,
     weights: WeightsOption,
+    encrypted: EncryptedOption = False,
     settings: SetOption = None,
     node: NodeOption = None,
     identity: IdentityOption = None,
@@ -79,14 +95,15 @@ def evaluate(
     owner = owner_of(job)
     display = ProgressDisplay()
     with remarks(display):
-        display.say("at home: nothing leaves" if at_home(job) else greet_node(job, owner))
+        policy = inference_policy(job, encrypted=encrypted)
+        display.say("at home: nothing leaves" if at_home(policy) else greet_node(job, owner))
         model = make_model(job)
         digest = load_weights(model, weights)
         made = cut_model(job, model, first_inputs(job, "test"))
         began = time.perf_counter()
-        with new_trainer(job, made, owner, []) as trainer:
+        with new_trainer(job, made, owner, [], policy=policy) as trainer:
             found = trainer.evaluate(loader)
-            traffic = trainer.traffic
+            traffic, used = trainer.traffic, trainer.encryption
     print_record(
         EvalResult(
             loss=round(found.loss, 6) if math.isfinite(found.loss) else None,
@@ -98,6 +115,9 @@ def evaluate(
             weights=weights,
             weights_sha256=digest,
             program_sha256=made.program.digest.hex(),
+            encryption=None if used is None else str(used),
+            security_bits=None if used is None else used.security_bits,
+            encrypted_layers=None if used is None else used.layers,
         ),
         fmt,
     )

@@ -15,8 +15,25 @@ from torch import nn
 
 from client_side.cutting import Cut
 from cloister.arrays import load_arrays, save_array
-from cloister.assembly import at_home, call_factory, cut_model, greet_node, make_model, new_trainer, owner_of
-from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
+from cloister.assembly import (
+    at_home,
+    call_factory,
+    cut_model,
+    greet_node,
+    inference_policy,
+    make_model,
+    new_trainer,
+    owner_of,
+)
+from cloister.joboptions import (
+    EncryptedOption,
+    IdentityOption,
+    JobArgument,
+    NodeOption,
+    SetOption,
+    WeightsOption,
+    job_from,
+)
 from cloister.jobs import Job
 from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
@@ -43,6 +60,9 @@ class PredictResult:
         out: the file.
         weights_sha256: of the weights' file.
         program_sha256: the middle's architecture.
+        encryption: the scheme, its ring's degree and its modulus; nothing where all left in the clear, or nothing left.
+        security_bits: of the encryption, by the HomomorphicEncryption.org standard.
+        encrypted_layers: how many of the middle's layers the node evaluated on ciphertexts.
     """
 
     rows: int
@@ -54,6 +74,9 @@ class PredictResult:
     out: Path
     weights_sha256: str
     program_sha256: str
+    encryption: str | None
+    security_bits: int | None
+    encrypted_layers: int | None
 
 
 @app.command()
@@ -67,6 +90,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="Where the model's outputs go: an .npy file.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows that go to the node at a time.")] = 256,
+    encrypted: EncryptedOption = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file that is there.")] = False,
     settings: SetOption = None,
     node: NodeOption = None,
@@ -79,6 +103,8 @@ def predict(
     here.
 
     Example: [bold]cloister predict job.toml --weights model.safetensors --input x.npy --out y.npy[/]
+
+    With [bold]--encrypted[/] the node gets ciphertexts in place of activations, and the result says by which scheme.
     """
     job = job_from(job_file, settings, node=node, identity=identity)
     if out.suffix != ".npy":
@@ -89,15 +115,16 @@ def predict(
     rows = _inputs(job, inputs)
     display = ProgressDisplay()
     with remarks(display):
-        display.say("at home: nothing leaves" if at_home(job) else greet_node(job, owner))
+        policy = inference_policy(job, encrypted=encrypted)
+        display.say("at home: nothing leaves" if at_home(policy) else greet_node(job, owner))
         model = make_model(job)
         digest = load_weights(model, weights)
         _refuse_other_floats(model, rows, inputs)
         made = _cut(job, model, rows, inputs)
         began = time.perf_counter()
-        with new_trainer(job, made, owner, []) as trainer:
-            outputs = torch.cat([trainer.predict(*part) for part in _batches(rows, batch)])
-            traffic = trainer.traffic
+        with new_trainer(job, made, owner, [], policy=policy) as trainer:
+            outputs = torch.cat(list(display.counted(trainer.predictions(_batches(rows, batch)), of=len(rows[0]))))
+            traffic, used = trainer.traffic, trainer.encryption
     save_array(out, outputs)
     print_record(
         PredictResult(
@@ -110,6 +137,9 @@ def predict(
             out=out,
             weights_sha256=digest,
             program_sha256=made.program.digest.hex(),
+            encryption=None if used is None else str(used),
+            security_bits=None if used is None else used.security_bits,
+            encrypted_layers=None if used is None else used.layers,
         ),
         fmt,
     )

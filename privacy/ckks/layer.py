@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,7 @@ __all__ = [
     "TAIL",
     "LayerBound",
     "block_rows_for",
+    "check_combinations",
     "check_probes",
     "check_products",
     "check_results",
@@ -133,6 +135,37 @@ def check_products(results_RO: _Array, rows_BF: _Array, matrix_FO: _Array, *, to
     drawn = [secrets.randbelow(len(rows_BF)) for _ in range(min(checked, len(rows_BF)))]
     if (np.abs(results_RO[drawn] - rows_BF[drawn] @ matrix_FO) > tolerance).any():
         raise TamperingSuspectedError("the node returned other products than those of its own weights")
+
+
+def check_combinations(
+    results_RO: _Array,
+    rows_RF: _Array,
+    product: Callable[[_Array], _Array],
+    *,
+    bound: LayerBound,
+    row_norm: float,
+) -> None:
+    """Computes secret combinations of all rows in the clear, and compares (Freivalds 1977): no row goes unseen.
+
+    The combinations' coefficients have an L2 norm of 1. Noise is uncorrelated between slots, so that a combination's is
+    as large as a row's; the rounding of the weights is the same for all rows, and grows with the combination's length.
+
+    Args:
+        results_RO: what came back.
+        rows_RF: what was sent.
+        product: of rows and the layer's weights, in the clear.
+        bound: of one result.
+        row_norm: of the rows, for which ``bound`` holds.
+
+    Raises:
+        TamperingSuspectedError: they differ by more than both errors explain.
+    """
+    signs_PR = probes(len(rows_RF)) * math.sqrt(len(rows_RF))
+    combined_PF = signs_PR @ rows_RF
+    lengths_P1 = np.maximum(np.linalg.norm(combined_PF, axis=1, keepdims=True) / row_norm, 1.0)
+    differing = np.abs(signs_PR @ results_RO[: len(rows_RF)] - product(combined_PF))
+    if (differing > bound.noise + bound.rounding * lengths_P1).any():
+        raise TamperingSuspectedError("the node returned other products than those of its own weights for some rows")
 
 
 def probes(rows: int) -> _Array:
