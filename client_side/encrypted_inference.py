@@ -378,11 +378,11 @@ class EncryptedInference:
         return made.to(self._device, torch.float32)
 
     def _check(self, request: _Request, results_RO: _Array) -> None:
-        layer, scheme, weight = self._layers[request.layer], self.scheme, None
+        layer, scheme = self._layers[request.layer], self.scheme
+        weight = self._wide[layer.weight] if scheme.send_weights else None
         norm = scheme.largest_result / scheme.row_norm  # with longer weights a node refuses
         features = layer.features
-        if scheme.send_weights:
-            weight = self._wide[layer.weight]
+        if weight is not None:
             norm, features = _weight_norm(weight), min(features, weight[0].numel())
         bound = LayerBound.of(scheme, features=features, weight_norm=norm, block_rows=request.block)
         rows_RF, probes_PR = request.rows, request.probes

@@ -311,8 +311,13 @@ class Trainer:
             TamperingSuspectedError, WireError, UnreachableError: see :meth:`evaluate`.
         """
         self._guard.open_inference(None, self._name)
-        with evaluation_mode(self.cut):
-            yield from self._outputs(batches)
+        outputs = self._outputs(batches)
+        while True:
+            with evaluation_mode(self.cut):  # left before each output is handed out: whoever takes it may train
+                made = next(outputs, None)
+            if made is None:
+                return
+            yield made
 
     def fetch(self) -> None:
         """Brings the middle's tensors home, into the model that was cut."""

@@ -71,12 +71,14 @@ class Runner:
         Raises:
             Whatever an operator raises; see :func:`activation_bytes` and the session for who translates it.
         """
-        walk = self.walk(values, frozenset(), visit)
+        walk, grad = self.walk(values, frozenset(), visit), torch.is_grad_enabled()
         try:
             next(walk)
         except StopIteration as done:
             outputs: list[torch.Tensor] = done.value
             return outputs
+        finally:
+            torch.set_grad_enabled(grad)
         raise AssertionError("nothing was to be left out")
 
     def walk(
@@ -92,19 +94,16 @@ class Runner:
         """
         environment = list(values)
         grad = torch.is_grad_enabled()
-        try:
-            for number, (function, resolve, dead) in enumerate(self._steps):
-                args, kwargs = resolve(environment)
-                if function is _SET_GRAD:  # never switched on where the caller switched it off
-                    args = [grad and args[0]]
-                result = (yield number, args[0]) if number in stops else function(*args, **kwargs)
-                if visit is not None:
-                    visit(result)
-                environment.append(result)
-                for index in dead:
-                    environment[index] = None
-        finally:
-            torch.set_grad_enabled(grad)
+        for number, (function, resolve, dead) in enumerate(self._steps):
+            args, kwargs = resolve(environment)
+            if function is _SET_GRAD:  # never switched on where the caller switched it off
+                args = [grad and args[0]]
+            result = (yield number, args[0]) if number in stops else function(*args, **kwargs)
+            if visit is not None:
+                visit(result)
+            environment.append(result)
+            for index in dead:
+                environment[index] = None
         return [environment[index] for index in self._outputs]
 
 
