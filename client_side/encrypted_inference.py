@@ -46,7 +46,7 @@ from privacy.ckks.workers import CipherWorkers, StepKey
 from privacy.guard import Guard
 from privacy.policy import CkksInference
 from wire.affine import AffineLayer, affine_layers, check_light
-from wire.ciphertexts import RINGS, Scheme, decode, security_bits
+from wire.ciphertexts import RINGS, Scheme, decode
 from wire.codec import MAX_TENSOR_BYTES, check_finite
 from wire.errors import (
     ConfigError,
@@ -248,7 +248,7 @@ class EncryptedInference:
     def used(self) -> EncryptionUsed:
         """For the record."""
         ring = self.scheme.ring
-        return EncryptionUsed(ring.degree, ring.bits, security_bits(ring.degree, ring.bits), len(self._layers))
+        return EncryptionUsed(ring.degree, ring.modulus.bit_length(), ring.security_bits, len(self._layers))
 
     def outputs(self, batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
         """The model's output for each of ``batches``, in order.

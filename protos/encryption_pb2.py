@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/encryption.proto\x12\x0b\x63loister.v1\"\x83\x01\n\nEncryption\x12\x13\n\x0bring_degree\x18\x01 \x01(\r\x12\x0f\n\x07modulus\x18\x02 \x01(\x04\x12\x12\n\nvalue_bits\x18\x03 \x01(\r\x12\x13\n\x0bweight_bits\x18\x04 \x01(\r\x12\x10\n\x08row_norm\x18\x05 \x01(\x01\x12\x14\n\x0csend_weights\x18\x06 \x01(\x08\"N\n\x0b\x43iphertexts\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x12\n\nblock_rows\x18\x02 \x01(\r\x12\r\n\x05seeds\x18\x03 \x01(\x0c\x12\r\n\x05words\x18\x04 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/encryption.proto\x12\x0b\x63loister.v1\"\xb9\x01\n\nEncryption\x12\x13\n\x0bring_degree\x18\x01 \x01(\r\x12\x0e\n\x06moduli\x18\x02 \x03(\x04\x12\x12\n\nvalue_bits\x18\x03 \x01(\r\x12\x13\n\x0bweight_bits\x18\x04 \x01(\r\x12\x10\n\x08row_norm\x18\x05 \x01(\x01\x12\x14\n\x0csend_weights\x18\x06 \x01(\x08\x12\x10\n\x08reserved\x18\x07 \x01(\x04\x12#\n\x06square\x18\x08 \x01(\x0b\x32\x13.cloister.v1.Square\"n\n\x06Square\x12\x13\n\x0bsecond_bits\x18\x01 \x01(\r\x12\x13\n\x0bweight_norm\x18\x02 \x01(\x01\x12\x11\n\tbias_most\x18\x03 \x01(\x01\x12\x12\n\nsecond_sum\x18\x04 \x01(\x01\x12\x13\n\x0boffset_most\x18\x05 \x01(\x01\"N\n\x0b\x43iphertexts\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x12\n\nblock_rows\x18\x02 \x01(\r\x12\r\n\x05seeds\x18\x03 \x01(\x0c\x12\r\n\x05words\x18\x04 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.encryption_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCRYPTION']._serialized_start=41
-  _globals['_ENCRYPTION']._serialized_end=172
-  _globals['_CIPHERTEXTS']._serialized_start=174
-  _globals['_CIPHERTEXTS']._serialized_end=252
+  _globals['_ENCRYPTION']._serialized_end=226
+  _globals['_SQUARE']._serialized_start=228
+  _globals['_SQUARE']._serialized_end=338
+  _globals['_CIPHERTEXTS']._serialized_start=340
+  _globals['_CIPHERTEXTS']._serialized_end=418
 # @@protoc_insertion_point(module_scope)

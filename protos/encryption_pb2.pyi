@@ -4,7 +4,9 @@ isort:skip_file
 Ciphertexts as they travel: the words of ring elements, behind a shape of our own."""
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import sys
 import typing
@@ -23,14 +25,15 @@ class Encryption(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RING_DEGREE_FIELD_NUMBER: builtins.int
-    MODULUS_FIELD_NUMBER: builtins.int
+    MODULI_FIELD_NUMBER: builtins.int
     VALUE_BITS_FIELD_NUMBER: builtins.int
     WEIGHT_BITS_FIELD_NUMBER: builtins.int
     ROW_NORM_FIELD_NUMBER: builtins.int
     SEND_WEIGHTS_FIELD_NUMBER: builtins.int
+    RESERVED_FIELD_NUMBER: builtins.int
+    SQUARE_FIELD_NUMBER: builtins.int
     ring_degree: builtins.int
-    """Polynomials modulo X^ring_degree + 1 and modulo one prime."""
-    modulus: builtins.int
+    """Polynomials modulo X^ring_degree + 1 and modulo each of these primes: one, or several of equally many bits."""
     value_bits: builtins.int
     """What comes up is scaled by 2^value_bits, weights by 2^weight_bits."""
     weight_bits: builtins.int
@@ -40,24 +43,75 @@ class Encryption(google.protobuf.message.Message):
     """The owner has the weights: in training the parameters go down with each encrypted forward, and it computes input
     gradients itself. Otherwise biases alone go down.
     """
+    reserved: builtins.int
+    """One prime more, that counts in the security level and in nothing else; 0 where there is none."""
+    @property
+    def moduli(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def square(self) -> Global___Square:
+        """Set where the middle is linear, square, linear: evaluated in one go on ciphertexts, for inference."""
+
     def __init__(
         self,
         *,
         ring_degree: builtins.int = ...,
-        modulus: builtins.int = ...,
+        moduli: collections.abc.Iterable[builtins.int] | None = ...,
         value_bits: builtins.int = ...,
         weight_bits: builtins.int = ...,
         row_norm: builtins.float = ...,
         send_weights: builtins.bool = ...,
+        reserved: builtins.int = ...,
+        square: Global___Square | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["modulus", b"modulus", "ring_degree", b"ring_degree", "row_norm", b"row_norm", "send_weights", b"send_weights", "value_bits", b"value_bits", "weight_bits", b"weight_bits"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["square", b"square"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["moduli", b"moduli", "reserved", b"reserved", "ring_degree", b"ring_degree", "row_norm", b"row_norm", "send_weights", b"send_weights", "square", b"square", "value_bits", b"value_bits", "weight_bits", b"weight_bits"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Encryption: typing_extensions.TypeAlias = Encryption
 
 @typing.final
+class Square(google.protobuf.message.Message):
+    """What a middle of linear, square, linear may be at most, so that nothing wraps around the modulus: a node refuses
+    weights beyond. Scales of its first layer are value_bits and weight_bits.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SECOND_BITS_FIELD_NUMBER: builtins.int
+    WEIGHT_NORM_FIELD_NUMBER: builtins.int
+    BIAS_MOST_FIELD_NUMBER: builtins.int
+    SECOND_SUM_FIELD_NUMBER: builtins.int
+    OFFSET_MOST_FIELD_NUMBER: builtins.int
+    second_bits: builtins.int
+    """Weights of the second layer are scaled by 2^second_bits, results by 2^(2 (value_bits + weight_bits) + second_bits)."""
+    weight_norm: builtins.float
+    """L2 norm of an output's weights in the first layer."""
+    bias_most: builtins.float
+    """Absolute bias of the first layer."""
+    second_sum: builtins.float
+    """Sum of absolute weights of an output in the second layer."""
+    offset_most: builtins.float
+    """Absolute bias of the second layer."""
+    def __init__(
+        self,
+        *,
+        second_bits: builtins.int = ...,
+        weight_norm: builtins.float = ...,
+        bias_most: builtins.float = ...,
+        second_sum: builtins.float = ...,
+        offset_most: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bias_most", b"bias_most", "offset_most", b"offset_most", "second_bits", b"second_bits", "second_sum", b"second_sum", "weight_norm", b"weight_norm"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Square: typing_extensions.TypeAlias = Square
+
+@typing.final
 class Ciphertexts(google.protobuf.message.Message):
-    """RLWE ciphertexts (c0, c1), both in the order of evaluations (NTT), every word below the modulus."""
+    """RLWE ciphertexts (c0, c1), or (c0, c1, c2) for products, in the order of evaluations (NTT), modulo each prime in turn,
+    every word below its prime.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -71,7 +125,7 @@ class Ciphertexts(google.protobuf.message.Message):
     seeds: builtins.bytes
     """Of each ciphertext 64 bytes, from which its c1 is expanded; empty where c1 travels."""
     words: builtins.bytes
-    """All c0, then (without seeds) all c1; each word in as many bits as the modulus has, least significant bit first."""
+    """All c0, then (without seeds) all c1, and all c2; each word in as many bits as a prime has, least significant first."""
     def __init__(
         self,
         *,

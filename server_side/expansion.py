@@ -1,12 +1,13 @@
 """Expands the seeds of ciphertexts as SEAL does: public randomness, of which every reader makes the same words.
 
 A symmetric ciphertext's c1 is uniform and public; its maker keeps the seed of it, and whoever computes with it expands
-that again. SEAL draws 64-bit words from BLAKE2Xb (Aumasson et al. 2016) in buffers of 4096 bytes, refuses those above
-the largest multiple of q, and reduces the rest. hashlib does the keyed root hash of each buffer; its tree parameters do
-not reach depth 0, which the expansion's leaves have, so their one compression each (RFC 7693, section 3.2) is done here
-for all of them at once. No secret passes through it: an error would make wrong results, which their owner notices.
+that again. SEAL draws 64-bit words from BLAKE2Xb (Aumasson et al. 2016) in buffers of 4096 bytes, as many as a
+polynomial has, N for each prime in turn; it replaces those above the largest multiple of their prime by later ones, and
+reduces them. hashlib does the keyed root hash of each buffer; its tree parameters do not reach depth 0, which the
+expansion's leaves have, so their one compression each (RFC 7693, section 3.2) is done here for all of them at once. No
+secret passes through it: an error would make wrong results, which their owner notices.
 
-Shapes: ``C`` seeds, ``N`` words each.
+Shapes: ``C`` seeds, ``W`` words each: N for each prime.
 """
 
 from __future__ import annotations
@@ -62,29 +63,30 @@ def expand(seeds: npt.NDArray[np.uint8], ring: Ring) -> Words:
 
     Args:
         seeds: uint8 [C, 64].
-        ring: how many words each, and below what.
+        ring: how many words each, and below which primes.
 
     Returns:
-        uint64 [C, N], uniform below the modulus.
+        uint64 [C, W], uniform below the primes.
     """
-    wanted = 8 * ring.degree // _BUFFER
+    wanted = 8 * ring.words // _BUFFER
     drawn = _buffers([(seed.tobytes(), counter) for seed in seeds for counter in range(wanted)])
-    words = drawn.reshape(len(seeds), ring.degree)
-    # As SEAL counts: the largest multiple of q that 64 bits hold, but for one.
-    bound = _MOST - _MOST % ring.modulus - 1
-    for number, place in zip(*np.nonzero(words >= np.uint64(bound)), strict=True):
-        # Once in ten thousand steps: the words refused in one polynomial are replaced in turn.
-        if not (words[number, :place] >= np.uint64(bound)).any():
-            words[number] = _replaced(seeds[number].tobytes(), words[number], bound, wanted)
-    return words % np.uint64(ring.modulus)
+    words = drawn.reshape(len(seeds), ring.words)
+    # As SEAL counts: the largest multiple of the prime that 64 bits hold, but for one.
+    bounds = np.repeat(np.array([_MOST - _MOST % q - 1 for q in ring.moduli], dtype=np.uint64), ring.degree)
+    for number in np.nonzero((words >= bounds).any(axis=1))[0]:  # once in ten thousand steps
+        words[number] = _replaced(seeds[number].tobytes(), words[number], bounds, wanted)
+    for part, place in ring.parts():
+        words[:, place] %= np.uint64(part.modulus)
+    return words
 
 
-def _replaced(seed: bytes, words: Words, bound: int, counter: int) -> Words:
+def _replaced(seed: bytes, words: Words, bounds: Words, counter: int) -> Words:
+    """The words of one polynomial, those refused replaced in turn by what the generator draws next."""
     made = words.copy()
     later: list[int] = []
-    for place in np.nonzero(words >= np.uint64(bound))[0]:
-        value = bound
-        while value >= bound:
+    for place in np.nonzero(words >= bounds)[0]:
+        value = _MOST
+        while value >= int(bounds[place]):
             if not later:
                 later = _buffers([(seed, counter)])[0].tolist()[::-1]
                 counter += 1

@@ -22,6 +22,7 @@ from server_side.rings import combine, evaluations, multiply, slot_polynomials
 from wire.affine import affine_map, bias_names, check_affine
 from wire.ciphertexts import (
     RINGS,
+    SQUARE_RINGS,
     Ciphertexts,
     Ring,
     Scheme,
@@ -40,7 +41,7 @@ SECRET = bytes(range(64))
 
 
 def random_words(*shape: int, ring: Ring = RING, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(0, ring.modulus, shape, dtype=np.uint64)
+    return np.random.default_rng(seed).integers(0, min(ring.moduli), shape, dtype=np.uint64)
 
 
 def encrypted(slots: Any, ring: Ring = RING, scale: float = 2.0**23) -> Ciphertexts:
@@ -61,12 +62,12 @@ def in_seal(ciphertexts: Ciphertexts, ring: Ring = RING) -> list[Any]:
     return made
 
 
-def words_of(cipher: Any, degree: int) -> Any:
+def words_of(cipher: Any, words: int) -> Any:
     data = cipher.dyn_array()
-    return np.array([data.at(i) for i in range(2 * degree)], dtype=np.uint64).reshape(2, degree)
+    return np.array([data.at(i) for i in range(2 * words)], dtype=np.uint64).reshape(2, words)
 
 
-@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("ring", [*RINGS, *SQUARE_RINGS])
 def test_a_seed_expands_to_the_very_words_that_seal_encrypted_with(ring: Ring) -> None:
     key = Key(ring, SECRET)
     key._encoder.encode([0.25, -3.0], 2.0**20, key._plain)
@@ -74,23 +75,25 @@ def test_a_seed_expands_to_the_very_words_that_seal_encrypted_with(ring: Ring) -
     serial.save(key._path)
     loaded = seal.Ciphertext()
     loaded.load(key._context, key._path)
-    seed = np.frombuffer(key._raw(97 + 8 * ring.degree + 81), dtype=np.uint8)[-64:]
+    seed = np.frombuffer(key._raw(97 + 8 * ring.words + 81), dtype=np.uint8)[-64:]
 
-    assert (expand(seed[None], ring)[0] == words_of(loaded, ring.degree)[1]).all()
+    assert (expand(seed[None], ring)[0] == words_of(loaded, ring.words)[1]).all()
 
 
-def test_words_that_a_generator_refuses_are_replaced_in_its_order() -> None:
-    half = Ring(2048, 2**63 + 29)  # refuses about every second word
+@pytest.mark.parametrize("moduli", [(2**63 + 29,), (2**63 + 29, 2**62 + 135)])
+def test_words_that_a_generator_refuses_are_replaced_in_its_order(moduli: tuple[int, ...]) -> None:
+    half = Ring(2048, moduli)  # refuses about every second word, and every fourth
     seed = list(range(8))
     generator = seal.Blake2xbPRNG(seed)
     drawn = iter(lambda: generator.generate() | generator.generate() << 32, None)
-    first = [next(drawn) for _ in range(half.degree)]
-    bound = 2**64 - 1 - (2**64 - 1) % half.modulus - 1
+    first = [next(drawn) for _ in range(half.words)]
     expected = []
-    for value in first:
+    for place, value in enumerate(first):
+        modulus = moduli[place // half.degree]
+        bound = 2**64 - 1 - (2**64 - 1) % modulus - 1
         while value >= bound:
             value = next(drawn)  # noqa: PLW2901 -- as SEAL does it
-        expected.append(value % half.modulus)
+        expected.append(value % modulus)
 
     made = expand(np.array([seed], dtype="<u8").view(np.uint8), half)
 
@@ -117,7 +120,7 @@ def test_a_product_of_words_and_weights_is_exact(features: int, outputs: int, bi
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randint(-(2**bits), 2**bits + 1, (features, outputs), generator=generator)
 
-    made = combine(words, weights, Ring(ring.degree, ring.modulus))
+    made = combine(words, weights, ring)
 
     for half, output, place in ((0, 0, 0), (1, outputs - 1, 7)):
         column = zip(words[half, :, place].tolist(), weights[:, output].tolist(), strict=True)
@@ -222,9 +225,9 @@ def test_a_middle_that_is_more_than_one_linear_map_is_refused(middle: nn.Module)
         check_affine(made.program)
 
 
-@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("ring", [*RINGS, *SQUARE_RINGS])
 def test_packing_gives_back_what_it_packed(ring: Ring) -> None:
-    words = random_words(2, 3, ring.degree, ring=ring)
+    words = random_words(2, 3, ring.words, ring=ring)
 
     packed = pack(words, ring)
 
@@ -237,9 +240,16 @@ def test_T16_fewer_than_128_bits_of_security_are_refused() -> None:
     assert security_bits(2048, 55) == 0
     assert security_bits(4096, 58) == 256
     with pytest.raises(ConfigError, match="less than 128-bit secure"):
-        Scheme(ring=Ring(1024, 18014398509404161), row_norm=1.0)
+        Scheme(ring=Ring(1024, (18014398509404161,)), row_norm=1.0)
+    with pytest.raises(ConfigError, match="not on the list"):
+        Scheme(ring=SQUARE_RINGS[0], row_norm=1.0)
     with pytest.raises(SpecRejectedError, match="less than 128-bit secure"):
-        scheme_from_proto(encryption_pb2.Encryption(ring_degree=2048, modulus=2**55 + 1, value_bits=20, weight_bits=20))
+        scheme_from_proto(
+            encryption_pb2.Encryption(ring_degree=2048, moduli=[2**55 + 1], value_bits=20, weight_bits=20)
+        )
+    for count in (0, 5, 10_000):
+        with pytest.raises(SpecRejectedError, match="primes"):
+            scheme_from_proto(encryption_pb2.Encryption(ring_degree=2048, moduli=[3] * count))
 
 
 def test_scales_and_weights_that_could_wrap_are_refused() -> None:

@@ -1,14 +1,16 @@
 """Ciphertexts as both sides read and write them: words of ring elements behind a shape of our own, strictly.
 
 A ciphertext (c0, c1) of the RLWE encryption that CKKS uses (Cheon, Kim, Kim and Song 2017) is two elements of
-Z_q[X]/(X^N + 1) for one prime q, here always in the order of evaluations (NTT). Whoever holds the key makes c1 from a
-seed of 64 bytes, which then travels in its place. No scale travels: both sides derive it from the session's
-:class:`Scheme`, so that a peer cannot change it. The law is ``decode(encode(c)) == c``, and what :func:`decode`
-accepts has exactly the count, the block and the number of bytes that were expected, and every word below q.
+Z_q[X]/(X^N + 1), here always in the order of evaluations (NTT); a product of two ciphertexts is three. q is one prime,
+or the product of several: then a polynomial is kept modulo each of them, one after the other. Whoever holds the key
+makes c1 from a seed of 64 bytes, which then travels in its place. No scale travels: both sides derive it from the
+session's :class:`Scheme` (or :class:`wire.squares.SquareScheme`), so that a peer cannot change it. The law is
+``decode(encode(c)) == c``, and what :func:`decode` accepts has exactly the count, the block and the number of bytes
+that were expected, and every word below its prime.
 
 Nothing here is secret, and nothing here can decrypt.
 
-Shapes: ``C`` ciphertexts, ``N`` words of each polynomial.
+Shapes: ``C`` ciphertexts, ``P`` polynomials of each, ``W`` words of a polynomial: N for each prime.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ __all__ = [
     "MAX_CIPHERTEXTS",
     "RINGS",
     "SEED_BYTES",
+    "SQUARE_RINGS",
     "Ciphertexts",
     "Ring",
     "Scheme",
     "Words",
+    "check_ring",
     "decode",
     "encode_into",
     "expected_bytes",
     "pack",
+    "ring_from_proto",
     "scheme_from_proto",
     "security_bits",
     "unpack",
@@ -47,6 +52,7 @@ MAX_CIPHERTEXTS: Final = 2**14  # features of one layer: 450 MB at the smallest 
 _GROUP: Final = 64  # words that are packed together, so that they end on a word
 _LEAST_SECURITY: Final = 128
 _MAX_SCALE_BITS: Final = 40
+_MOST_PRIMES: Final = 4  # of a ring on the lists
 _MAX_ROW_NORM: Final = 2.0**20
 
 #: The largest modulus, in bits, by the ring's degree and the security level: classical attacks, ternary secrets
@@ -67,30 +73,64 @@ def security_bits(degree: int, modulus_bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Z_q[X]/(X^N + 1), for a prime q that is 1 modulo 2N.
+    """Z_q[X]/(X^N + 1), for a q that is a prime, or a product of primes; each prime is 1 modulo 2N.
 
     Attributes:
         degree: N, a power of two.
-        modulus: q, below 2**57: a product modulo q is computed in 64 bits and a double.
+        moduli: the primes, of equally many bits and below 2**57: a product modulo one is computed in 64 bits and a
+            double.
+        reserved: one prime more where SEAL keeps one back for evaluation keys, which are never made here; else 1.
+            Security is counted as if it were used.
     """
 
     degree: int
-    modulus: int
+    moduli: tuple[int, ...]
+    reserved: int = 1
+
+    @property
+    def modulus(self) -> int:
+        """The whole modulus, q."""
+        return math.prod(self.moduli)
 
     @property
     def bits(self) -> int:
         """Of one word on the wire."""
-        return self.modulus.bit_length()
+        return self.moduli[0].bit_length()
+
+    @property
+    def words(self) -> int:
+        """Of one polynomial: N for each prime."""
+        return self.degree * len(self.moduli)
 
     @property
     def polynomial_bytes(self) -> int:
         """Of one polynomial on the wire."""
-        return self.degree * self.bits // 8
+        return self.words * self.bits // 8
+
+    @property
+    def security_bits(self) -> int:
+        """By the standard's table; 0 below 128."""
+        return security_bits(self.degree, (self.modulus * self.reserved).bit_length())
+
+    def parts(self) -> list[tuple[Ring, slice]]:
+        """For each prime a ring of it alone, and which words of a polynomial are modulo it."""
+        return [
+            (Ring(self.degree, (prime,)), slice(self.degree * place, self.degree * (place + 1)))
+            for place, prime in enumerate(self.moduli)
+        ]
 
 
-#: The rings that a session may name, smallest first: 54 bits of modulus for layers of some hundred inputs, 56 for wider
-#: ones. Each is at least 128-bit secure by the standard's table.
-RINGS: Final = (Ring(2048, 18014398509404161), Ring(4096, 72057594037641217))
+#: The rings that a session of one layer may name, smallest first: 54 bits of modulus for layers of some hundred inputs,
+#: 56 for wider ones. Each is at least 128-bit secure by the standard's table.
+RINGS: Final = (Ring(2048, (18014398509404161,)), Ring(4096, (72057594037641217,)))
+
+#: The same for sessions of linear, square, linear (:mod:`wire.squares`), whose scales multiply: cheapest first.
+SQUARE_RINGS: Final = (
+    Ring(4096, (70368743587841, 70368743669761), 114689),
+    Ring(8192, (72057594037370881, 72057594037616641), 114689),
+    Ring(8192, (281474976317441, 281474976546817, 281474976694273), 114689),
+    Ring(8192, (1125899905351681, 1125899905744897, 1125899906629633, 1125899906826241), 114689),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +157,7 @@ class Scheme:
         Raises:
             ConfigError: fewer than 128 bits of security, a ring that is not on the list, or scales that leave no room.
         """
-        if security_bits(self.ring.degree, self.ring.bits) < _LEAST_SECURITY:
-            raise ConfigError(
-                f"a modulus of {self.ring.bits} bits at ring degree {self.ring.degree} is less than "
-                f"{_LEAST_SECURITY}-bit secure: take one of wire.ciphertexts.RINGS"
-            )
-        if self.ring not in RINGS:
-            raise ConfigError(f"the ring {self.ring} is not on the list; take one of wire.ciphertexts.RINGS")
+        check_ring(self.ring, RINGS)
         if not 1 <= self.value_bits <= _MAX_SCALE_BITS or not 1 <= self.weight_bits <= _MAX_SCALE_BITS:
             raise ConfigError(f"scales of 2**{self.value_bits} and 2**{self.weight_bits}: 1 to {_MAX_SCALE_BITS} bits")
         if not 0 < self.row_norm <= _MAX_ROW_NORM:
@@ -167,7 +201,7 @@ class Scheme:
         """As a message."""
         return encryption_pb2.Encryption(
             ring_degree=self.ring.degree,
-            modulus=self.ring.modulus,
+            moduli=self.ring.moduli,
             value_bits=self.value_bits,
             weight_bits=self.weight_bits,
             row_norm=self.row_norm,
@@ -175,11 +209,40 @@ class Scheme:
         )
 
 
+def check_ring(ring: Ring, known: tuple[Ring, ...]) -> None:
+    """Refuses a ring that is not one of ``known``.
+
+    Raises:
+        ConfigError: says so where it is because fewer than 128 bits of security are left.
+    """
+    if ring.security_bits < _LEAST_SECURITY:
+        raise ConfigError(
+            f"a modulus of {(ring.modulus * ring.reserved).bit_length()} bits at ring degree {ring.degree} is less "
+            f"than {_LEAST_SECURITY}-bit secure: take one of wire.ciphertexts.RINGS or SQUARE_RINGS"
+        )
+    if ring not in known:
+        raise ConfigError(f"the ring {ring} is not on the list: {', '.join(map(str, known))}")
+
+
+def ring_from_proto(message: encryption_pb2.Encryption) -> Ring:
+    """The ring that a session names; nothing of it was checked yet.
+
+    Raises:
+        SpecRejectedError: without a modulus, or with more than any ring has.
+    """
+    moduli = tuple(message.moduli[: _MOST_PRIMES + 1])
+    if not 0 < len(moduli) <= _MOST_PRIMES:
+        raise SpecRejectedError(f"a ring of {len(message.moduli)} primes: 1 to {_MOST_PRIMES}")
+    return Ring(message.ring_degree, moduli, message.reserved or 1)
+
+
 def scheme_from_proto(message: encryption_pb2.Encryption) -> Scheme:
     """Raises: SpecRejectedError for parameters that are not on the list, or leave no room."""
+    if message.HasField("square"):
+        raise SpecRejectedError("parameters of linear, square, linear: see wire.squares")
     try:
         return Scheme(
-            ring=Ring(message.ring_degree, message.modulus),
+            ring=ring_from_proto(message),
             value_bits=message.value_bits,
             weight_bits=message.weight_bits,
             row_norm=message.row_norm,
@@ -196,7 +259,7 @@ class Ciphertexts:
     Attributes:
         block_rows: rows of the batch that each feature takes of a ciphertext; N where it has one for itself.
         seeds: uint8 [C, 64], or ``None`` where c1 is in ``words``.
-        words: uint64 [1, C, N] with seeds, [2, C, N] without.
+        words: uint64 [1, C, W] with seeds, [P, C, W] without.
     """
 
     block_rows: int
@@ -227,21 +290,37 @@ def encode_into(message: encryption_pb2.Ciphertexts, ciphertexts: Ciphertexts, r
 
 
 def decode(
-    message: encryption_pb2.Ciphertexts, ring: Ring, *, count: int, block_rows: int, seeded: bool, max_bytes: int
+    message: encryption_pb2.Ciphertexts,
+    ring: Ring,
+    *,
+    count: int,
+    block_rows: int,
+    seeded: bool,
+    max_bytes: int,
+    polynomials: int = 2,
 ) -> Ciphertexts:
     """The ciphertexts of ``message``, which are exactly as many and as large as expected.
 
+    Args:
+        message: foreign.
+        ring: of the session.
+        count: C.
+        block_rows: rows of the batch that each feature takes of a ciphertext.
+        seeded: whether seeds stand for c1.
+        max_bytes: in memory, at most.
+        polynomials: P, without seeds: 3 for products.
+
     Raises:
-        MessageRejectedError: another shape, another number of bytes, a word that is not below the modulus, or a
-            ciphertext that anybody can read (c1 = 0).
+        MessageRejectedError: another shape, another number of bytes, a word that is not below its prime, or a
+            ciphertext that anybody can read (modulo one of the primes all is zero but c0).
         LimitExceededError: more than ``max_bytes`` in memory.
     """
     if message.count != count or message.block_rows != block_rows:
         raise MessageRejectedError(
             f"{message.count} ciphertexts in blocks of {message.block_rows} rows; expected {count} and {block_rows}"
         )
-    polynomials = 1 if seeded else 2
-    size = 8 * polynomials * count * ring.degree
+    polynomials = 1 if seeded else polynomials
+    size = 8 * polynomials * count * ring.words
     if not 0 < count <= MAX_CIPHERTEXTS or size > max_bytes:
         raise LimitExceededError(f"{count} ciphertexts of {size} bytes; the limit is {max_bytes}")
     if len(message.seeds) != (SEED_BYTES * count if seeded else 0):
@@ -250,16 +329,17 @@ def decode(
         raise MessageRejectedError(f"{len(message.words)} bytes of words for {count} ciphertexts of {polynomials}")
     packed = np.frombuffer(message.words, dtype="<u8").reshape(polynomials, count, -1)
     words = unpack(packed, ring)
-    if words.max() >= ring.modulus:
+    by_prime = words.reshape(polynomials, count, len(ring.moduli), ring.degree)
+    if (by_prime.max(axis=(0, 1, 3)) >= np.array(ring.moduli, dtype=np.uint64)).any():
         raise MessageRejectedError("a word of a ciphertext that is not below the modulus")
-    if not seeded and not words[1].any(axis=1).all():
+    if not seeded and not by_prime[1:].any(axis=(0, 3)).all():
         raise MessageRejectedError("a transparent ciphertext: its c1 is zero, and anybody reads it")
     seeds = np.frombuffer(message.seeds, dtype=np.uint8).reshape(count, SEED_BYTES) if seeded else None
     return Ciphertexts(block_rows, seeds, words)
 
 
 def pack(words: Words, ring: Ring) -> Words:
-    """``[..., N]`` words of as many bits as the modulus, one after the other: ``[..., N * bits / 64]``.
+    """``[..., W]`` words of as many bits as each prime, one after the other: ``[..., W * bits / 64]``.
 
     The law: ``unpack(pack(w)) == w`` for words below ``2**bits``.
     """
@@ -275,7 +355,7 @@ def pack(words: Words, ring: Ring) -> Words:
 
 
 def unpack(packed: Words, ring: Ring) -> Words:
-    """What :func:`pack` packed; ``[..., N]``, each below ``2**bits``."""
+    """What :func:`pack` packed; ``[..., W]``, each below ``2**bits``."""
     bits = ring.bits
     groups = np.ascontiguousarray(packed.reshape(-1, bits).T)
     made = np.empty((_GROUP, groups.shape[1]), dtype=np.uint64)

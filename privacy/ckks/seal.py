@@ -1,5 +1,8 @@
 """SEAL through TenSEAL's ``sealapi``: one ring, one key, and the bytes of ciphertexts, in memory alone.
 
+A ring of several primes has a last one beside them, which SEAL keeps for evaluation keys and takes away from what it
+encrypts. No such key is ever made, so that one is as small as it may be, and only counts in the security level.
+
 ``tenseal``'s own vectors and tensors are never used: they read foreign bytes past their buffers, and their contexts
 need a chain of primes where one is enough. SEAL's classes read and write files; here those are anonymous memory.
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +24,19 @@ import zstandard
 from privacy.ckks.pipes import SECRET_BYTES
 from wire.ciphertexts import SEED_BYTES, Ring, Words
 
-__all__ = ["Key"]
+__all__ = ["Key", "Slots"]
+
+Slots: TypeAlias = npt.NDArray[np.complex128] | npt.NDArray[np.float64]
 
 # A saved ciphertext, uncompressed: parms_id, NTT form, sizes, scale, correction factor; then an array with a header.
+_SIZE_AT: Final = 33
 _SCALE_AT: Final = 57
+_ARRAY_AT: Final = 81  # the array's bytes, with its header; then how many words
+_ARRAY_HEADER: Final = 24
 _PREFIX: Final = 97
 _SEED_TRAILER: Final = 81  # a generator's type and seed, with a header of its own
 _HEADER: Final = struct.Struct("<HBBBBHQ")  # magic, its own size, version (2), compression, reserved, whole size
-_MAX_FILE: Final = 2**20
+_MAX_FILE: Final = 2**20  # two polynomials of the largest ring, twice
 
 
 class Key:
@@ -55,23 +63,23 @@ class Key:
         """Lets go of its memory."""
         os.close(self._file)
 
-    def encrypt(self, slots: npt.NDArray[np.complex128], scale: float) -> tuple[npt.NDArray[np.uint8], Words]:
+    def encrypt(self, slots: Slots, scale: float) -> tuple[npt.NDArray[np.uint8], Words]:
         """Encrypts each row under the key; symmetric, with seeds.
 
         Args:
-            slots: complex128 [C, N / 2].
+            slots: complex128 or float64 [C, N / 2].
             scale: by which they are multiplied before they are rounded.
 
         Returns:
-            The seeds, uint8 [C, 64], and c0, uint64 [C, N].
+            The seeds, uint8 [C, 64], and c0, uint64 [C, W].
         """
         seeds = np.empty((len(slots), SEED_BYTES), dtype=np.uint8)
-        words = np.empty((len(slots), self._ring.degree), dtype=np.uint64)
+        words = np.empty((len(slots), self._ring.words), dtype=np.uint64)
         for number, row in enumerate(slots):
             self._encoder.encode(row.tolist(), scale, self._plain)
             self._encryptor.encrypt_symmetric(self._plain).save(self._path)
             raw = self._raw(_PREFIX + words[number].nbytes + _SEED_TRAILER)
-            words[number] = np.frombuffer(raw, dtype="<u8", count=self._ring.degree, offset=_PREFIX)
+            words[number] = np.frombuffer(raw, dtype="<u8", count=self._ring.words, offset=_PREFIX)
             seeds[number] = np.frombuffer(raw, dtype=np.uint8, offset=len(raw) - SEED_BYTES)
         return seeds, words
 
@@ -79,15 +87,14 @@ class Key:
         """What ciphertexts hold; nobody knows yet who made them.
 
         Args:
-            words: uint64 [2, C, N], each below the modulus.
+            words: uint64 [P, C, W], each below its prime; P is 2, or 3 for products.
             scale: of what they hold.
 
         Returns:
             complex128 [C, N / 2].
         """
         made = np.empty((words.shape[1], self._ring.degree // 2), dtype=np.complex128)
-        template = bytearray(self._template)
-        struct.pack_into("<d", template, _HEADER.size + _SCALE_AT, scale)
+        template = self._header_of(len(words), scale)
         for number in range(words.shape[1]):
             data = np.ascontiguousarray(words[:, number], dtype="<u8").tobytes()
             os.ftruncate(self._file, 0)
@@ -97,12 +104,22 @@ class Key:
             made[number] = self._encoder.decode_complex(self._plain)
         return made
 
+    def _header_of(self, polynomials: int, scale: float) -> bytearray:
+        """What stands before the words of a ciphertext of as many polynomials."""
+        made, words = bytearray(self._template), polynomials * self._ring.words
+        size = len(made) + 8 * words
+        made[: _HEADER.size] = _HEADER.pack(*_HEADER.unpack_from(made)[:-1], size)
+        struct.pack_into("<Q", made, _HEADER.size + _SIZE_AT, polynomials)
+        struct.pack_into("<d", made, _HEADER.size + _SCALE_AT, scale)
+        struct.pack_into("<QQ", made, _HEADER.size + _ARRAY_AT, _ARRAY_HEADER + 8 * words, words)
+        return made
+
     def _made_template(self) -> bytes:
         """Header and prefix of an uncompressed ciphertext of two polynomials, as this build of SEAL writes them."""
         self._encoder.encode(0.5, 1.0, self._plain)
         self._encryptor.encrypt_symmetric(self._plain, self._cipher)
         self._cipher.save(self._path)
-        size = _PREFIX + 16 * self._ring.degree
+        size = _PREFIX + 16 * self._ring.words
         raw, header = self._raw(size), _HEADER.unpack(os.pread(self._file, _HEADER.size, 0))
         return _HEADER.pack(*header[:4], 0, 0, _HEADER.size + size) + raw[:_PREFIX]
 
@@ -119,13 +136,14 @@ def _context(ring: Ring, secret: bytes | None = None) -> Any:  # noqa: ANN401 --
     """SEAL's context; with ``secret``, one whose generator is seeded, which only makes the key."""
     parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
     parameters.set_poly_modulus_degree(ring.degree)
-    primes = seal.CoeffModulus.Create(ring.degree, [ring.bits])
+    expected = [*ring.moduli, *([ring.reserved] if ring.reserved > 1 else [])]
+    primes = seal.CoeffModulus.Create(ring.degree, [prime.bit_length() for prime in expected])
     parameters.set_coeff_modulus(primes)
     if secret is not None:
         if len(secret) != SECRET_BYTES:
             raise ValueError(f"a secret of {len(secret)} bytes; {SECRET_BYTES}")
         parameters.set_random_generator(seal.Blake2xbPRNGFactory(list(struct.unpack("<8Q", secret))))
     context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
-    if [prime.value() for prime in primes] != [ring.modulus] or not context.parameters_set():
+    if [prime.value() for prime in primes] != expected or not context.parameters_set():
         raise RuntimeError("this build of SEAL has other primes, or refuses these parameters")
     return context

@@ -12,27 +12,28 @@ from typing import BinaryIO
 
 import numpy as np
 
-from privacy.ckks.pipes import ANSWER, ENCRYPT, REQUEST, read_exactly
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT_REAL, REQUEST, read_exactly
 from privacy.ckks.seal import Key
-from wire.ciphertexts import RINGS, pack
+from wire.ciphertexts import RINGS, SQUARE_RINGS, pack
 
 __all__ = ["main"]
 
 
 def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes:
-    kind, number, count, scale, secret = REQUEST.unpack(read_exactly(stream, REQUEST.size))
-    ring = RINGS[number]
+    kind, number, polynomials, count, scale, secret = REQUEST.unpack(read_exactly(stream, REQUEST.size))
+    ring = (*RINGS, *SQUARE_RINGS)[number]
     if secret not in keys:
         for old in list(keys):
             keys.pop(old).close()
         keys[secret] = Key(ring, secret)
     key = keys[secret]
-    if kind == ENCRYPT:
-        values = np.frombuffer(read_exactly(stream, 8 * ring.degree * count), dtype=np.complex128)
-        seeds, words = key.encrypt(values.reshape(count, -1), scale)
-        return seeds.tobytes() + pack(words, ring).tobytes()
-    words = np.frombuffer(read_exactly(stream, 16 * ring.degree * count), dtype=np.uint64)
-    return key.decrypt(words.reshape(2, count, ring.degree), scale).tobytes()
+    if kind == DECRYPT:
+        words = np.frombuffer(read_exactly(stream, 8 * polynomials * ring.words * count), dtype=np.uint64)
+        return key.decrypt(words.reshape(polynomials, count, ring.words), scale).tobytes()
+    dtype = np.dtype(np.float64 if kind == ENCRYPT_REAL else np.complex128)
+    slots = np.frombuffer(read_exactly(stream, dtype.itemsize * ring.degree // 2 * count), dtype=dtype)
+    seeds, made = key.encrypt(slots.reshape(count, -1), scale)
+    return seeds.tobytes() + pack(made, ring).tobytes()
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from typing import BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
-from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, REQUEST, SECRET_BYTES, read_exactly
-from wire.ciphertexts import RINGS, SEED_BYTES, Ciphertexts, Ring
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, ENCRYPT_REAL, REQUEST, SECRET_BYTES, read_exactly
+from wire.ciphertexts import RINGS, SEED_BYTES, SQUARE_RINGS, Ciphertexts, Ring
 from wire.errors import EncryptionError
 
 __all__ = ["CipherWorkers", "Encrypted", "StepKey"]
@@ -45,12 +45,25 @@ class Encrypted:
     words: npt.NDArray[np.uint8] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """What one worker is asked for: with ``data`` to ``count`` ciphertexts, of which each answers ``each`` bytes."""
+
+    kind: int
+    polynomials: int
+    count: int
+    scale: float
+    key: StepKey
+    data: bytes = field(repr=False)
+    each: int
+
+
 class CipherWorkers:
     """Some processes that encrypt and decrypt side by side. They start with the first call."""
 
     def __init__(self, ring: Ring, count: int | None = None) -> None:
         """For keys of ``ring``; as many as there are processors, unless said otherwise."""
-        self._number, self._ring = RINGS.index(ring), ring
+        self._number, self._ring = (*RINGS, *SQUARE_RINGS).index(ring), ring
         self._count = count or min(_MOST_WORKERS, os.cpu_count() or 1)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
@@ -73,17 +86,18 @@ class CipherWorkers:
                 )
             )
 
-    def encrypt(self, key: StepKey, slots: npt.NDArray[np.complex128], scale: float) -> Encrypted:
-        """Each row of ``slots``, complex128 [C, N / 2], in a ciphertext.
+    def encrypt(
+        self, key: StepKey, slots: npt.NDArray[np.complex128] | npt.NDArray[np.float64], scale: float
+    ) -> Encrypted:
+        """Each row of ``slots``, complex128 or float64 [C, N / 2], in a ciphertext.
 
         Raises:
             EncryptionError: a worker died, or its library failed.
         """
         size = SEED_BYTES + self._ring.polynomial_bytes
-        pieces = [piece for piece in np.array_split(slots, self._count) if len(piece)]
-        made = self._everywhere(
-            [(ENCRYPT, key, scale, piece.astype(np.complex128).tobytes(), len(piece), size) for piece in pieces]
-        )
+        kind = ENCRYPT if np.iscomplexobj(slots) else ENCRYPT_REAL
+        pieces = [np.ascontiguousarray(piece) for piece in np.array_split(slots, self._count) if len(piece)]
+        made = self._everywhere([_Job(kind, 1, len(piece), scale, key, piece.tobytes(), size) for piece in pieces])
         cut = [SEED_BYTES * len(piece) for piece in pieces]
         seeds = b"".join(data[:end] for data, end in zip(made, cut, strict=True))
         words = b"".join(data[end:] for data, end in zip(made, cut, strict=True))
@@ -92,16 +106,17 @@ class CipherWorkers:
         )
 
     def decrypt(self, key: StepKey, ciphertexts: Ciphertexts, scale: float) -> npt.NDArray[np.complex128]:
-        """What ciphertexts of two polynomials hold; complex128 [C, N / 2].
+        """What ciphertexts without seeds hold; complex128 [C, N / 2].
 
         Raises:
             EncryptionError: as for :meth:`encrypt`.
         """
+        polynomials = len(ciphertexts.words)
         pieces = [piece for piece in np.array_split(ciphertexts.words, self._count, axis=1) if piece.shape[1]]
         made = self._everywhere(
             [
-                (DECRYPT, key, scale, np.ascontiguousarray(p).tobytes(), p.shape[1], 8 * self._ring.degree)
-                for p in pieces
+                _Job(DECRYPT, polynomials, piece.shape[1], scale, key, piece.tobytes(), 8 * self._ring.degree)
+                for piece in pieces
             ]
         )
         return np.frombuffer(b"".join(made), dtype=np.complex128).reshape(ciphertexts.count, -1)
@@ -123,7 +138,7 @@ class CipherWorkers:
         self._processes.clear()
         self._threads.shutdown()
 
-    def _everywhere(self, jobs: list[tuple[int, StepKey, float, bytes, int, int]]) -> list[bytes]:
+    def _everywhere(self, jobs: list[_Job]) -> list[bytes]:
         self.start()
         try:
             return list(self._threads.map(self._ask, self._processes, jobs))
@@ -132,18 +147,17 @@ class CipherWorkers:
             self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
             raise EncryptionError("a process that encrypts died: is there memory left? Run again, or resume") from error
 
-    def _ask(self, process: subprocess.Popen[bytes], job: tuple[int, StepKey, float, bytes, int, int]) -> bytes:
-        kind, key, scale, data, count, each = job
+    def _ask(self, process: subprocess.Popen[bytes], job: _Job) -> bytes:
         requests, answers = _pipes(process)
-        requests.write(REQUEST.pack(kind, self._number, count, scale, key.secret))
-        requests.write(data)
+        requests.write(REQUEST.pack(job.kind, self._number, job.polynomials, job.count, job.scale, job.key.secret))
+        requests.write(job.data)
         requests.flush()
         done, size = ANSWER.unpack(read_exactly(answers, ANSWER.size))
         answer = read_exactly(answers, size)
         if not done:
             raise EncryptionError(f"the library of encryption failed: {answer.decode(errors='replace')}")
-        if size != each * count:
-            raise EncryptionError(f"a worker answered {size} bytes where {each * count} were expected")
+        if size != job.each * job.count:
+            raise EncryptionError(f"a worker answered {size} bytes where {job.each * job.count} were expected")
         return answer
 
 
