@@ -21,6 +21,7 @@ from cloister.assembly import make_loader
 from cloister.exits import ExitCode
 from cloister.jobfile import load_job
 from cloister.main import app
+from cloister.runs import Interruption
 from privacy.accounting import Relation, SampledGaussian, epsilon_of
 from privacy.ckks.workers import CipherWorkers
 from wire.ciphertexts import RINGS
@@ -226,28 +227,25 @@ def test_without_a_budget_nothing_is_claimed_and_batches_are_the_loaders_own(nod
     assert "without noise" in Path("run/model-card.md").read_text()
 
 
-def test_a_run_that_was_stopped_goes_on_and_pays_for_what_it_draws(
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_and_pays_for_what_it_draws_anew(
     node: cloister.LocalNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_job(node.address, node.owner.folder)
-    noised = ("--set", "privacy.activations={treatment='ckks',clip=4.0,noise=4.0}")
-    told = cloister.Callback.on_epoch_end
 
-    def stop(own: Any, state: Any, control: Any, end: Any) -> None:
-        del own, end
-        control.should_training_stop = state.epoch == 1
+    def stop(own: Interruption, state: Any, control: Any, end: Any) -> None:
+        del state
+        own.requested = end.step == 14
+        control.should_training_stop |= own.requested
 
-    from cloister.runs import Interruption  # noqa: PLC0415 -- patched
-
-    monkeypatch.setattr(Interruption, "on_epoch_end", stop, raising=False)
-    monkeypatch.setattr(Interruption, "requested", False, raising=False)
-    ran("train", "job.toml", *noised)
-    monkeypatch.setattr(Interruption, "on_epoch_end", told)
+    with monkeypatch.context() as patched:
+        patched.setattr(Interruption, "on_step_end", stop)
+        noised = "privacy.activations={treatment='ckks',clip=4.0,noise=4.0}"
+        stopped = ran("train", "job.toml", "--set", noised)
     before = len(spent())
     done = ran("train", "--resume", "run")
 
-    assert done.exit_code == 0, done.output
-    assert before < len(spent())
+    assert (stopped.exit_code, done.exit_code) == (ExitCode.INTERRUPTED, 0), done.output
+    assert (before, len(spent())) == (2, 4)
     assert len({entry.event for entry in spent()}) == 1
 
 
