@@ -24,7 +24,7 @@ from privacy.ckks.layer import block_rows_for
 from privacy.ckks.workers import MOST_WORKERS, require_library
 from server_side.encrypted import apply_matrix
 from wire.affine import check_affine
-from wire.ciphertexts import SEED_BYTES, Ciphertexts, Ring, Scheme, expected_bytes, security_bits
+from wire.ciphertexts import SEED_BYTES, Ciphertexts, Ring, Scheme, expected_bytes
 from wire.errors import ConfigError, LimitExceededError, SpecRejectedError
 
 __all__ = ["EncryptedCost", "encrypted_cost"]
@@ -102,7 +102,7 @@ def encrypted_cost(made: Cut, *, batch: int, records: int | None, link_mbit: flo
     return EncryptedCost(
         features=features,
         outputs=outputs,
-        security_bits=security_bits(ring.degree, ring.bits),
+        security_bits=ring.security_bits,
         capacity=capacity,
         bytes_up_per_sample=round(up / batch),
         bytes_down_per_sample=round(down / batch),

@@ -63,7 +63,7 @@ MAY_GO_UP: Final = {
     *(f"OpenSession.spec.{name}" for name in (
         "session_id", "node_fingerprint", "program_sha256", "program_bytes", "state_sha256", "state_bytes", "topology",
         "seed", "max_rows", "max_in_flight", "want_input_gradients", "optimizer.sgd.lr", "optimizer.schedule.decay",
-        "optimizer.schedule.gamma", "encryption.ring_degree", "encryption.modulus", "encryption.value_bits",
+        "optimizer.schedule.gamma", "encryption.ring_degree", "encryption.moduli", "encryption.value_bits",
         "encryption.weight_bits", "encryption.row_norm", "encryption.send_weights",
     )),
     *(f"Train.frame.{name}" for name in ("step", "phase", "update")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from privacy.policy import Ckks
-from wire.ciphertexts import Scheme, security_bits
+from wire.ciphertexts import Scheme
 
 __all__ = ["EncryptionSettings"]
 
@@ -41,8 +41,8 @@ class EncryptionSettings:
         """Of a run by ``scheme``, its noise settled."""
         return cls(
             ring_degree=scheme.ring.degree,
-            modulus_bits=scheme.ring.bits,
-            security_bits=security_bits(scheme.ring.degree, scheme.ring.bits),
+            modulus_bits=scheme.ring.modulus.bit_length(),
+            security_bits=scheme.ring.security_bits,
             value_bits=scheme.value_bits,
             weight_bits=scheme.weight_bits,
             clip=treatment.clip,

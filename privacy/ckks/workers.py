@@ -73,9 +73,14 @@ class CipherWorkers:
     """Some processes that encrypt and decrypt side by side. They start with the first call."""
 
     def __init__(self, ring: Ring, count: int | None = None) -> None:
-from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, ENCRYPT_REAL, REQUEST, SECRET_BYTES, read_exactly
-from wire.ciphertexts import RINGS, SEED_BYTES, SQUARE_RINGS, Ciphertexts, Ring
-from wire.errors import ConfigError, EncryptionError
+        """For keys of ``ring``; as many as there are processors, unless said otherwise.
+
+        Raises:
+            ConfigError: there is no library of encryption.
+        """
+        require_library()
+        self._number, self._ring = (*RINGS, *SQUARE_RINGS).index(ring), ring
+        self._count = count or min(MOST_WORKERS, os.cpu_count() or 1)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
 
