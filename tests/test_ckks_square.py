@@ -365,7 +365,7 @@ def test_where_rows_stand_is_drawn_anew_each_time() -> None:
 
     one, other = (SquareBatch(rows, scheme).slots for _ in range(2))
 
-    places = [[int(np.nonzero((slots.T == row).all(axis=1))[0][0]) for row in rows] for slots in (one, other)]
+    places = [[int(np.nonzero((row == slots.T).all(axis=1))[0][0]) for row in rows] for slots in (one, other)]
     assert len(set(places[0])) == len(set(places[1])) == len(rows)
     assert sum(a == b for a, b in zip(*places, strict=True)) < 10
 
