@@ -40,7 +40,7 @@ $(STAMP):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools
-	$(PIP) --no-build-isolation $(PIP_FLAGS) --editable '.[dev,postgres]'
+	$(PIP) --no-build-isolation $(PIP_FLAGS) --editable '.[ckks,dev,postgres]'
 	@touch $@
 
 demo: setup  ## train a real model through a real node over mutual TLS, and prove the result

@@ -39,6 +39,7 @@ from privacy.ckks.layer import (
     probes,
     unpack_rows,
 )
+from privacy.ckks.settings import EncryptionSettings
 from privacy.ckks.workers import CipherWorkers, StepKey
 from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
@@ -109,11 +110,24 @@ class EncryptedPart:
             self.scheme.check_weights(float(max(matrix_FO.norm(dim=0).max(), matrix_FO.norm(dim=1).max())))
         except LimitExceededError as error:
             raise ConfigError(f"privacy: ckks: {error}") from error
+        self._joint = nn.ModuleDict({"front": cut.front, "layer": self.layer, "head": cut.head}).train()
         self.private: DpGradients | None = None
-        if treatment.noise is not None:
-            joint = nn.ModuleDict({"front": cut.front, "layer": self.layer, "head": cut.head}).train()
-            self.private = DpGradients(joint, DpSgd(clip=treatment.gradient_clip, noise=treatment.noise), "activations")
+        self.settle(treatment)
         self.workers = CipherWorkers(self.scheme.ring, workers)
+
+    def settle(self, treatment: Ckks) -> None:
+        """Takes the noise that a budget came to, where the policy leaves it open.
+
+        Raises:
+            ConfigError: a layer mixes records, or has no gradient of each record.
+        """
+        self.settings = EncryptionSettings.of(self.scheme, treatment)
+        if treatment.noise is None:
+            return
+        noised = DpSgd(clip=treatment.gradient_clip, noise=treatment.noise)
+        if self.private is None:
+            self.private = DpGradients(self._joint, noised, "activations")
+        self.private.treatment = noised
 
     def close(self) -> None:
         """Ends the processes that encrypt."""

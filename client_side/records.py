@@ -12,17 +12,26 @@ from typing import Any, Final
 import safetensors.torch
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from client_side.cutting import Cut
 from client_side.disk import disk_errors, write_whole
 from client_side.inference import evaluation_mode
-from client_side.sampling import SeededSampler
+from client_side.sampling import PoissonLoader, SeededSampler
 from privacy.tables import Records, ReleasedTable
 from wire.errors import CheckpointError, ConfigError, StateRejectedError
 from wire.state import load_state
 
 __all__ = [
+    "by_chance",
     "collect",
     "data_set_of",
     "labels_of",
@@ -79,6 +88,23 @@ def repeats_no_record(loader: object) -> bool:
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
     return type(sampler) in {SequentialSampler, SeededSampler}
+
+
+def by_chance(loader: object) -> PoissonLoader:
+    """Secret Poisson samples of what ``loader`` reads, as large as its batches on average.
+
+    Raises:
+        ConfigError: it is no plain ``DataLoader`` over a data set with a length, or its batches are too small.
+    """
+    if isinstance(loader, PoissonLoader):
+        return loader
+    plain = isinstance(loader, DataLoader) and loader.collate_fn is default_collate and repeats_no_record(loader)
+    if not plain or not isinstance(loader, DataLoader) or loader.batch_size is None:
+        raise ConfigError(
+            "ckks with noise trains on secret Poisson samples, which are drawn in place of batches: return a plain "
+            "DataLoader (its batch_size becomes the expected one), or a cloister.PoissonLoader"
+        )
+    return PoissonLoader(loader.dataset, expected=min(loader.batch_size, len(loader.dataset)))  # type: ignore[arg-type]  # a sampler went over it
 
 
 def mixing(cut: Cut, loader: object, *, training: bool) -> str:

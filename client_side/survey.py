@@ -47,6 +47,7 @@ class Candidate:
         bytes_up: what one sample sends to the node in one training step.
         bytes_down: what it gets back.
         tensors: how many tensors cross from the front to the middle.
+        products: how many matrix products, convolutions and the like the middle computes.
     """
 
     front: str
@@ -59,6 +60,7 @@ class Candidate:
     bytes_up: int
     bytes_down: int
     tensors: int
+    products: int
 
     @property
     def bytes_per_sample(self) -> int:
@@ -225,6 +227,7 @@ class _Measured:
             bytes_up=_row_bytes(up) + back_up if up else 0,
             bytes_down=(_row_bytes(down) if head else 0) + back_down if up else 0,
             tensors=len(up),
+            products=sum(1 for node in division.of(Part.MIDDLE) if self._flops.get(node)),
         )
 
     def _note_changes(self, node: fx.Node, known: dict[fx.Node, Any]) -> None:

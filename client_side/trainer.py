@@ -33,6 +33,7 @@ from client_side.sampling import PoissonLoader
 from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
 from client_side.steps import Batch, StepRunner, micro_batches
+from privacy.ckks.settings import EncryptionSettings
 from privacy.ckks.workers import CipherWorkers
 from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
@@ -216,6 +217,11 @@ class Trainer:
         return self._guard
 
     @property
+    def encryption(self) -> EncryptionSettings | None:
+        """What the middle is encrypted with; its noise is settled once :meth:`fit` has begun."""
+        return None if self._encrypted is None else self._encrypted.settings
+
+    @property
     def run(self) -> Run | None:
         """The run's folder at work, once :meth:`fit` has begun and where there are ``checkpoints``."""
         return self._run
@@ -260,6 +266,8 @@ class Trainer:
         resumed, loader = self._durably(loader, resume=resume)
         self.state.epochs = epochs if resume else self.state.epoch + epochs
         self.state.steps_per_epoch = len(loader) if isinstance(loader, Sized) else None
+        if self._encrypted is not None and self.state.epoch < self.state.epochs:
+            self._encrypted.settle(self._guard.settle(self.state.epochs - self.state.epoch))
         self._tell("on_train_begin", control)
         while self.state.epoch < self.state.epochs and not control.should_training_stop:
             self._epoch(loader, control, resumed)

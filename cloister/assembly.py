@@ -14,11 +14,12 @@ from client_side.callbacks import Callback
 from client_side.cutting import Cut, cut
 from client_side.durability import Checkpoints
 from client_side.link import Link, NodeAddress
+from client_side.records import by_chance
 from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
 from cloister.jobs import Job
 from privacy.ledger import Ledger
-from privacy.policy import CkksInference, Never, Policy
+from privacy.policy import Ckks, CkksInference, Never, Policy
 from wire.errors import CloisterError, ConfigError
 from wire.identity import Identity, load_identity
 
@@ -104,6 +105,8 @@ def make_model(job: Job) -> nn.Module:
 def make_loader(job: Job, key: str) -> Loader:
     """The loader that ``data.train`` or ``data.test`` names, made anew.
 
+    Where the policy counts secret samples, those of the training data are drawn in place of its batches.
+
     Raises:
         ConfigError: the factory cannot be had, fails, or makes something else.
     """
@@ -114,7 +117,17 @@ def make_loader(job: Job, key: str) -> Loader:
     if not hasattr(loader, "__iter__"):
         raise ConfigError(f"data.{key} {name} returned a {_name(loader)}; it must return a DataLoader or the like")
     made: Loader = loader
-    return made
+    if key == "test" or not _counts_samples(job.privacy.policy()):
+        return made
+    try:
+        return by_chance(made)
+    except ConfigError as error:
+        raise ConfigError(f"data.train {name}: {error}") from error
+
+
+def _counts_samples(policy: Policy) -> bool:
+    treatment = policy.activations
+    return isinstance(treatment, Ckks) and (policy.claims or treatment.noise is not None)
 
 
 def first_inputs(job: Job, key: str) -> tuple[torch.Tensor, ...]:

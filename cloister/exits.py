@@ -12,7 +12,7 @@ code  meaning
 6     the node rejected what was asked, or failed at it
 7     the node has no room or is about to stop: the same command may succeed later
 8     the privacy policy, the budget or the ledger forbids it: nothing left
-9     the node's gradients look like an attack on the front: training stopped, the evidence is kept
+9     the node's gradients look like an attack, or its ciphertexts are wrong: training stopped, the evidence is kept
 130   interrupted
 ====  =====================================================================================
 

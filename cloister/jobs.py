@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from client_side.durability import Checkpoints
 from client_side.link import RECONNECT_S, NodeAddress, addresses
 from client_side.opening import DEFAULT_IDENTITY
-from privacy.policy import Policy
+from privacy.policy import Ckks, Policy
 from wire.errors import ConfigError, SpecRejectedError
 from wire.recipe import SGD, Adam, AdamW, DecayName, Loss, LossName, Optimizer, Schedule
 
@@ -306,7 +306,8 @@ class Job(BaseSettings):
         """
         self.optimizer.recipe()
         self.loss.recipe()
-        self.privacy.policy()
+        if isinstance(self.privacy.policy().activations, Ckks):
+            self._check_encrypted()
         if self.node.standby and len(self.node.where()) == 1:
             raise ConfigError("node.standby = true: name a second node in node.address, after a comma")
         self.node.where()
@@ -314,6 +315,19 @@ class Job(BaseSettings):
             raise ConfigError(
                 f"train.in_flight = {self.train.in_flight} of {self.train.micro_batches} micro-batches: write "
                 f"micro_batches = {self.train.in_flight} or more, or leave in_flight out (then all of them fly)",
+            )
+
+    def _check_encrypted(self) -> None:
+        """A step under encryption is one, and its loss stays here."""
+        if self.train.micro_batches > 1:
+            raise ConfigError(
+                f"train.micro_batches = {self.train.micro_batches}: a step under encryption is one; write "
+                "micro_batches = 1, or leave it out"
+            )
+        if self.cut.head is None:
+            raise ConfigError(
+                "cut.head is missing: under encryption the loss stays here; name what follows the encrypted layer (an "
+                'nn.Identity() of the model will do), such as head = "head"'
             )
 
 

@@ -11,20 +11,26 @@ import math
 from collections.abc import Iterator, Mapping
 
 from cloister.jobs import Job
+from privacy.ckks.settings import EncryptionSettings
 from privacy.claims import Claim
 
 __all__ = ["model_card"]
 
 
-def model_card(job: Job, result: Mapping[str, object], claim: Claim | None) -> str:
+def model_card(
+    job: Job, result: Mapping[str, object], claim: Claim | None, encryption: EncryptionSettings | None = None
+) -> str:
     """The card of one run.
 
     Args:
         job: as it ran.
         result: the run's, as ``result.json`` has it.
         claim: what the ledger supports; ``None`` where nothing is accounted.
+        encryption: of the middle, where there was any.
     """
-    parts = [_head(), _about(job, result), _data(job, result), _privacy(claim), _quality(result, claim), _open()]
+    parts = [_head(), _about(job, result), _data(job, result), _privacy(claim)]
+    parts += [] if encryption is None else [_encryption(encryption)]
+    parts += [_quality(result, claim), _open()]
     return "\n".join(line for part in parts for line in part)
 
 
@@ -78,6 +84,24 @@ def _privacy(claim: Claim | None) -> Iterator[str]:
         yield f"ε = {spent.epsilon:.4g} ({spent.relation}; {other}), δ = {spent.delta:g}."
         yield "This counts what the nodes saw, and this model. A later run on the same data adds to it, and so does"
         yield from ("whatever else is published of the data, such as the accuracy on training records.", "")
+
+
+def _encryption(used: EncryptionSettings) -> Iterator[str]:
+    yield from ("## Encryption", "")
+    kept = "stayed on the node; output gradients went up encrypted, input gradients came down encrypted"
+    gradients = "went up as one sum a step, without noise"
+    if used.noise is not None:
+        gradients = f"each record's clipped to {used.gradient_clip:g} over all layers; the sum went up, noised"
+    yield from _table(
+        {
+            "scheme": f"CKKS, ring degree {used.ring_degree}, modulus of {used.modulus_bits} bits; a key for each step",
+            "security": f"{used.security_bits} bits, by the HomomorphicEncryption.org table",
+            "scales": f"2^{used.value_bits} for activations, 2^{used.weight_bits} for weights",
+            "activations": f"clipped to norm {used.clip:g}, and encrypted",
+            "the layer's gradients": gradients,
+            "the layer's weights": "came down in the clear with each step" if used.weights == "sent" else kept,
+        }
+    )
 
 
 def _quality(result: Mapping[str, object], claim: Claim | None) -> Iterator[str]:

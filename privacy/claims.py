@@ -124,7 +124,10 @@ def _assumptions(entries: Sequence[Entry]) -> tuple[str, ...]:
     if any(isinstance(entry.event, SampledGaussian) for entry in entries):
         found.append("which records joined which sample stays secret")
     if "ckks" in treatments:
-        found.append("nobody breaks the encryption (ring learning with errors, at 128 bits by the HE standard's table)")
+        found += [
+            "nobody breaks the encryption (ring learning with errors, at 128 bits by the HE standard's table)",
+            "how long a step took, and that the node's answers ended a run, tell nothing of the records",
+        ]
     if treatments & {"rows", "gaussian", "dp_sgd"}:
         found.append("that a record takes part, and in which batch, is no secret")
     if entries[0].unit != "record":

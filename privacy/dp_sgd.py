@@ -50,8 +50,12 @@ class DpGradients:
 
     @property
     def treatment(self) -> DpSgd:
-        """How they are clipped and noised."""
+        """How they are clipped and noised; another one holds from the next step on."""
         return self._treatment
+
+    @treatment.setter
+    def treatment(self, treatment: DpSgd) -> None:
+        self._treatment = treatment
 
     @contextmanager
     def per_record(self, rows: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ The laws: what a run sends is what its guard released, byte for byte; and the le
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import threading
@@ -48,6 +49,7 @@ from privacy.tables import (
     make_labels,
     make_table,
     plan_table,
+    sums_noise,
 )
 from wire.errors import ConfigError, ReleaseRefusedError
 
@@ -127,6 +129,7 @@ class Guard:
         self._table: ReleasedTable | None = None
         self._labels: Tensor | None = None
         self._inferred: set[str] = set()
+        self._ckks = policy.activations if isinstance(policy.activations, Ckks) else None
         self._due: float = 0  # updates under encryption that are paid for and not yet released
         self._lock = threading.Lock()
         self._sent: dict[str, int] = {}
@@ -208,7 +211,8 @@ class Guard:
                 raise ReleaseRefusedError(
                     "privacy: ckks keeps the loss here: give the cut a head (nn.Identity() will do)"
                 )
-            if policy.activations.noise is not None and situation.sampling_rate is None:
+            noised = policy.claims or policy.activations.noise is not None
+            if noised and situation.sampling_rate is None:
                 found.append("ckks with noise counts secret Poisson samples: give a cloister.PoissonLoader")
         if found and policy.claims:
             raise ReleaseRefusedError(f"privacy: no finite ε would hold, because {'; and '.join(found)}")
@@ -314,8 +318,8 @@ class Guard:
         A pass that goes on with an epoch, in this process or another, is charged like any: it may draw anew, and from
         records that left before.
         """
-        if isinstance(self.policy.activations, Ckks):
-            return self._charge_updates(self.policy.activations, step)
+        if self._ckks is not None:
+            return self._charge_updates(self._ckks, step)
         releases = fresh_releases(self.policy, step=step)
         if releases:
             self._spend(releases)
@@ -330,9 +334,35 @@ class Guard:
             return self._out("activations", self._noised(tensors, treatment.clip, treatment.noise))
         raise ReleaseRefusedError("privacy: with this policy, activations leave in a table, once, or not at all")
 
+    def settle(self, passes: int) -> Ckks:
+        """Settles an encrypted run's noise where the policy leaves it open: ``passes`` use up what is left to spend.
+
+        Args:
+            passes: over the records, that are still to come.
+
+        Returns:
+            The treatment, with its noise.
+
+        Raises:
+            BudgetSpentError: nothing is left to spend.
+            ReleaseRefusedError: the policy encrypts nothing.
+        """
+        situation, treatment = self._begun(), self.policy.activations
+        if not isinstance(treatment, Ckks):
+            raise ReleaseRefusedError("privacy: this policy encrypts nothing")
+        rate, steps, data_set = situation.sampling_rate, situation.steps_per_epoch, situation.data_set
+        if treatment.noise is None and rate and steps and data_set and self._ledger is not None and self.policy.claims:
+            spent = [entry.event for entry in self._ledger.entries(data_set)]
+            noise = sums_noise(rate=rate, steps=passes * steps, budget=self._budget(), spent=spent)
+            treatment = dataclasses.replace(treatment, noise=noise)
+        self._ckks = treatment
+        return treatment
+
     def _charge_updates(self, treatment: Ckks, step: int) -> bool:
         """Writes down a pass's noised updates, before anything of its first step leaves."""
         situation = self._begun()
+        if treatment.noise is None and self.policy.claims:
+            raise ReleaseRefusedError("privacy: the noise of ckks was not settled: give it a noise of its own")
         if treatment.noise is None or situation.sampling_rate is None or situation.steps_per_epoch is None:
             self._due = math.inf  # written down as unbounded when the run began
             return False
@@ -360,8 +390,8 @@ class Guard:
         Raises:
             ReleaseRefusedError: nothing was charged for it, or they are not what the policy names.
         """
-        treatment = self.policy.activations
-        if not isinstance(treatment, Ckks) or self._due < 1 or (treatment.noise is None) != (gradients is None):
+        treatment = self._ckks
+        if treatment is None or self._due < 1 or (treatment.noise is None) != (gradients is None):
             raise ReleaseRefusedError("privacy: an update of an encrypted layer leaves once a step, as the policy says")
         if gradients is not None:
             if gradients.treatment != DpSgd(clip=treatment.gradient_clip, noise=treatment.noise or math.nan):

@@ -146,8 +146,8 @@ class Ckks:
     Attributes:
         clip: L2 norm of one record's activation at most; longer ones are scaled down, in training and for good.
         gradient_clip: L2 norm of one record's gradient over all parameters.
-        noise: standard deviation on the sum, in units of ``gradient_clip``; ``None`` clips and noises nothing, and then
-            no ε is claimed: the layer's gradient tells activations and labels.
+        noise: standard deviation on the sum, in units of ``gradient_clip``; ``None`` takes what the budget leaves.
+            Without a budget it clips and noises nothing: the layer's gradient tells activations and labels.
         send_weights: whether the node sends the layer's weights with each step, which costs less than having it compute
             the front's gradients under encryption.
         check_rows: of each batch so many rows, drawn at random, are computed here as well and compared.
@@ -426,8 +426,8 @@ def holes(policy: Policy, *, vanilla: bool, front_learns: bool, head_learns: boo
 
 def _encrypted_holes(policy: Policy, treatment: Ckks) -> list[str]:
     found = []
-    if treatment.noise is None:
-        found.append("the encrypted layer's gradients leave without noise: give ckks a noise")
+    if treatment.noise is None and not policy.claims:
+        found.append("the encrypted layer's gradients leave without noise: give ckks a noise, or the policy an epsilon")
     if policy.unit != "record":
         found.append('ckks draws samples of records, which says nothing of whole units: unit = "record"')
     if isinstance(policy.inference, Clear):
@@ -450,8 +450,14 @@ def _treatment(kind: str, value: object) -> object:
     try:
         made: object = names[table["treatment"]](**numbers)
     except TypeError as error:
-        missing = sorted(known - numbers.keys())
-        raise ConfigError(f"privacy.{kind}: {table['treatment']} also needs one of {', '.join(missing)}") from error
+        name = table["treatment"]
+        needed = [f.name for f in dataclasses.fields(names[name]) if f.default is dataclasses.MISSING]
+        missing = [key for key in needed if key not in numbers]
+        example = ", ".join(f"{key} = {numbers.get(key, '…')}" for key in needed)
+        raise ConfigError(
+            f"privacy.{kind}: {name} also needs {', '.join(missing)}: write {kind} = "
+            f'{{ treatment = "{name}", {example} }}'
+        ) from error
     return made
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +52,7 @@ __all__ = [
     "make_labels",
     "make_table",
     "plan_table",
+    "sums_noise",
 ]
 
 _LEAST_LEFT: Final = 0.01  # of a budget: with less, a release would be noise alone
@@ -103,7 +104,7 @@ def plan_table(policy: Policy, budget: Budget, before: tuple[Event, ...] = ()) -
         settled = dataclasses.replace(treatment, noise=treatment.noise or _rows_noise(policy, budget, spent))
         return TablePlan(settled, (_release("rows", _rows_event(settled, policy)), *labels))
     if isinstance(treatment, Aggregate):
-        noise = treatment.noise or _aggregate_noise(treatment, budget, spent)
+        noise = treatment.noise or sums_noise(rate=treatment.rate, steps=treatment.releases, budget=budget, spent=spent)
         sums = dataclasses.replace(treatment, noise=noise)
         cost = SampledGaussian(rate=sums.rate, noise_multiplier=noise, steps=sums.releases)
         return TablePlan(sums, (_release("aggregate", cost), *labels))
@@ -260,20 +261,20 @@ def _gaussian(unit: Gaussian, budget: Budget, spent: list[Event]) -> float:
     return _smallest(fits, alone)
 
 
-def _aggregate_noise(aggregate: Aggregate, budget: Budget, spent: list[Event]) -> float:
+def sums_noise(*, rate: float, steps: int, budget: Budget, spent: Sequence[Event]) -> float:
+    """The noise multiplier at which so many noised sums over secret Poisson samples use up what is left of the budget.
+
+    Raises:
+        BudgetSpentError: nothing is left to calibrate to.
+        ConfigError: there is no budget.
+    """
     _check_left(budget, spent)
-    alone = sampled_noise(
-        epsilon=budget.epsilon,
-        delta=budget.delta,
-        rate=aggregate.rate,
-        steps=aggregate.releases,
-        relation=budget.relation,
-    )
+    alone = sampled_noise(epsilon=budget.epsilon, delta=budget.delta, rate=rate, steps=steps, relation=budget.relation)
     if not spent:
         return alone
 
     def fits(noise: float) -> bool:
-        event = SampledGaussian(rate=aggregate.rate, noise_multiplier=noise, steps=aggregate.releases)
+        event = SampledGaussian(rate=rate, noise_multiplier=noise, steps=steps)
         return epsilon_of([*spent, event], budget.delta, budget.relation) <= budget.epsilon
 
     return _smallest(fits, alone)
@@ -292,7 +293,7 @@ def _smallest(fits: Callable[[float], bool], start: float) -> float:
     return high
 
 
-def _check_left(budget: Budget, spent: list[Event]) -> None:
+def _check_left(budget: Budget, spent: Sequence[Event]) -> None:
     if math.isinf(budget.epsilon):
         raise ConfigError(
             "privacy: give a budget to calibrate to (epsilon = 1.0), or the treatment's own noise; "

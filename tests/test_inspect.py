@@ -9,6 +9,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -370,6 +371,8 @@ def test_the_commands_json_is_for_programs(here: Path) -> None:
         "bytes_down_per_sample": 128,
         "tensors_up": 1,
         "link_ms_per_step": 0.205,  # 256 B of each of 10 samples
+        "encryption": None,
+        "no_encryption": ANY,
     }
 
 

@@ -49,6 +49,7 @@ RESULT: Final = [
     "delta",
     "data_set",
     "claim",
+    "encryption",
     "card",
     "interrupted",
 ]

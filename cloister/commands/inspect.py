@@ -10,12 +10,16 @@ import typer
 
 from cloister.factories import EXAMPLE_SUFFIX, example_inputs, load_factory, load_model, random_inputs
 from cloister.output import Format, FormatOption, clean, print_record, print_rows
-from wire.errors import ConfigError
+from wire.errors import ConfigError, CutError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from torch import nn
 
     from client_side.survey import Candidate, Survey
+    from cloister.encrypting import EncryptedCost
 
 __all__ = ["CutCost", "Inspection", "app"]
 
@@ -44,6 +48,8 @@ class CutCost:
     bytes_down_per_sample: int
     tensors_up: int
     link_ms_per_step: float
+    encryption: EncryptedCost | None
+    no_encryption: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Inspection:
     model: str
     head: str | None
     batch: int
+    records: int | None
     link_mbit: float
     recommended_front: str | None
     cuts: tuple[CutCost, ...]
@@ -69,6 +76,20 @@ class _Row:
     tensors: str = "-"
     link_ms: str = "-"
     note: str = _IMPOSSIBLE
+
+
+@dataclass(frozen=True, slots=True)
+class _EncryptedRow:
+    """One cut whose middle could be encrypted."""
+
+    front: str
+    layer: str
+    bytes: str
+    owner_ms: str
+    node_ms: str
+    home_ms: str
+    times_home: str
+    epoch: str
 
 
 @app.command()
@@ -96,6 +117,9 @@ def inspect(
         typer.Option(help="With --input-shape: float32 (unless said), int64, …; once, or once for each input."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a step.")] = 64,
+    records: Annotated[
+        int | None, typer.Option(min=1, help="Samples in an epoch, to tell what encrypting one would cost.")
+    ] = None,
     link_mbit: Annotated[
         float, typer.Option(min=0.001, help="Rate of the line to the node, each way, in Mbit/s.")
     ] = 100.0,
@@ -118,6 +142,10 @@ def inspect(
     ones the deepest, which tells the node least. Idle: the node would train nothing. What a cut reveals is another
     question.
 
+    A middle that is one linear or convolution layer can be trained under encryption (activations = "ckks" in a job).
+    What that would cost is measured here for a second or two: ms of one core for one sample, to encrypt (the owner), to
+    multiply (the node, were it this machine), and to compute the layer in the clear at home.
+
     Example: [bold]cloister inspect examples.models:resnet18 --head fc --link-mbit 1000[/]
     """
     if head is not None and vanilla:
@@ -128,12 +156,17 @@ def inspect(
 
     found = survey(made, inputs, head=head, vanilla=vanilla, check=check)
     best = found.recommended(owner_share / 100)
-    inspection = _inspection(model, found, best, batch, link_mbit)
+    costs = [
+        _encryption(made, inputs, c, found.head, batch=batch, records=records, link_mbit=link_mbit)
+        for c in found.candidates
+    ]
+    inspection = _inspection(model, found, best, costs, batch=batch, records=records, link_mbit=link_mbit)
     if fmt is Format.JSON:
         print_record(inspection, fmt)
         return
     print_rows([_row(cost) for cost in inspection.cuts], fmt, styles={_RECOMMENDED: "bold green", _IMPOSSIBLE: "dim"})
     typer.echo(clean(_advice(inspection, best)))
+    _print_encryption(inspection)
 
 
 def _inputs(model: str, example: str | None, shapes: list[str], dtypes: list[str]) -> tuple[torch.Tensor, ...]:
@@ -155,7 +188,42 @@ def _inputs(model: str, example: str | None, shapes: list[str], dtypes: list[str
     return example_inputs(example, _ROWS)
 
 
-def _inspection(model: str, found: Survey, best: Candidate | None, batch: int, link_mbit: float) -> Inspection:
+def _encryption(
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    candidate: Candidate,
+    head: str | None,
+    *,
+    batch: int,
+    records: int | None,
+    link_mbit: float,
+) -> tuple[EncryptedCost | None, str]:
+    """What encrypting a cut's middle would cost, or why it cannot be."""
+    from client_side.cutting import cut  # noqa: PLC0415 -- as above
+    from cloister.encrypting import encrypted_cost  # noqa: PLC0415
+
+    if head is None:
+        return None, "without a head the node computes the loss"
+    if not candidate.possible or candidate.products != 1 or candidate.tensors != 1:
+        many = f"{candidate.products} layers that multiply" if candidate.products != 1 else "not one tensor crosses"
+        return None, candidate.reason or many
+    try:
+        made = cut(model, front=candidate.front, head=head, example=inputs)
+        return encrypted_cost(made, batch=batch, records=records, link_mbit=link_mbit), ""
+    except (ConfigError, CutError) as error:
+        return None, str(error)
+
+
+def _inspection(
+    model: str,
+    found: Survey,
+    best: Candidate | None,
+    encryption: Sequence[tuple[EncryptedCost | None, str]],
+    *,
+    batch: int,
+    records: int | None,
+    link_mbit: float,
+) -> Inspection:
     cuts = tuple(
         CutCost(
             front=c.front,
@@ -170,10 +238,12 @@ def _inspection(model: str, found: Survey, best: Candidate | None, batch: int, l
             bytes_down_per_sample=c.bytes_down,
             tensors_up=c.tensors,
             link_ms_per_step=round(c.bytes_per_sample * batch * 8 / (link_mbit * 1000), 3),
+            encryption=cost,
+            no_encryption=why_not,
         )
-        for c in found.candidates
+        for c, (cost, why_not) in zip(found.candidates, encryption, strict=True)
     )
-    return Inspection(model, found.head, batch, link_mbit, None if best is None else best.front, cuts)
+    return Inspection(model, found.head, batch, records, link_mbit, None if best is None else best.front, cuts)
 
 
 def _row(cost: CutCost) -> _Row:
@@ -187,6 +257,50 @@ def _row(cost: CutCost) -> _Row:
         tensors=str(cost.tensors_up),
         link_ms=f"{cost.link_ms_per_step:,.1f}",
         note=_RECOMMENDED if cost.recommended else "" if cost.node_parameters else _IDLE,
+    )
+
+
+def _print_encryption(inspection: Inspection) -> None:
+    """The cuts whose middle could be encrypted, and what that would cost."""
+    found = [(cut.front, cut.encryption) for cut in inspection.cuts if cut.encryption is not None]
+    if not found:
+        typer.echo(
+            "Encryption: behind no front is the middle one linear or convolution layer with a head behind it (an "
+            "nn.Identity() will do)."
+        )
+        return
+    typer.echo(f"Encryption is possible. For a sample, in batches of {inspection.batch}, measured here just now:")
+    print_rows([_encrypted_row(front, cost) for front, cost in found], Format.TABLE)
+    front, cost = found[0]
+    typer.echo(
+        f"{cost.security_bits}-bit secure. Bytes: up/down; a batch has room for the {cost.capacity} rows that a secret "
+        "sample may come to. Milliseconds: of one core."
+    )
+    if cost.times_home is None:
+        typer.echo('Times are not measured: the library is missing (pip install "cloister[ckks]").')
+        return
+    times = f"{cost.times_home:,.0f}" if cost.times_home >= 10 else f"{cost.times_home:.1f}"  # noqa: PLR2004 -- digits
+    typer.echo(
+        f"Behind {front}, encrypting costs {times} times what computing the layer here would; one {times} times as "
+        "wide would cost the same. It buys confidentiality, not compute."
+    )
+
+
+def _encrypted_row(front: str, cost: EncryptedCost) -> _EncryptedRow:
+    figures = [cost.owner_ms_per_sample, cost.node_ms_per_sample, cost.home_ms_per_sample]
+    owner, node, home = ("-" if ms is None else f"{ms:.3g}" for ms in figures)
+    epoch = "-" if cost.bytes_per_epoch is None else f"{_short(cost.bytes_per_epoch)}B"
+    if cost.seconds_per_epoch is not None:
+        epoch = f"{cost.seconds_per_epoch:.1f} s, {epoch}"
+    return _EncryptedRow(
+        front=front,
+        layer=f"{cost.features} to {cost.outputs}",
+        bytes=f"{_short(cost.bytes_up_per_sample)}/{_short(cost.bytes_down_per_sample)}",
+        owner_ms=owner,
+        node_ms=node,
+        home_ms=home,
+        times_home="-" if cost.times_home is None else f"{cost.times_home:,.0f}",
+        epoch=epoch,
     )
 
 

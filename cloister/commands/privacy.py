@@ -11,7 +11,11 @@ from typing import Annotated
 
 import typer
 
+from client_side.cutting import Cut
+from client_side.encrypted import EncryptedPart
+from client_side.passes import Loader
 from client_side.records import collect, data_set_of, labels_of
+from client_side.sampling import PoissonLoader
 from cloister.assembly import cut_model, first_inputs, make_loader, make_model, units_of
 from cloister.exits import ExitCode
 from cloister.joboptions import JobArgument, SetOption, job_from
@@ -21,8 +25,8 @@ from privacy.accounting import Event, Gaussian, Relation, SampledGaussian, epsil
 from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
 from privacy.ledger import Budget, Entry, Ledger, Release
-from privacy.policy import Aggregate, Moments, Policy, holes
-from privacy.tables import check_labels, check_records, label_releases, plan_table
+from privacy.policy import Aggregate, Ckks, Moments, Policy, holes
+from privacy.tables import check_labels, check_records, label_releases, plan_table, sums_noise
 from wire.errors import ConfigError
 
 __all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
@@ -88,7 +92,8 @@ class PlanLine:
         noise: standard deviation, in the unit of the clip (``moments``: of the vector of unit-norm moments).
         times: how often it happens in the whole run.
         epsilon: of this release alone, in the whole run.
-        signal_to_noise: of what a node learns from: one row's norm, or one class mean's, over its noise's.
+        signal_to_noise: of what a node learns from: one row's norm, one class mean's, or that of a sum of gradients
+            that are all alike, over its noise's.
     """
 
     kind: str
@@ -256,7 +261,9 @@ def planned(job: Job) -> Plan:
         front_learns=any(p.requires_grad for p in made.front.parameters()),
         head_learns=made.head is not None and any(p.requires_grad for p in made.head.parameters()),
     )
-    releases = _releases(policy, before, job.train.epochs, vanilla=made.head is None)
+    if isinstance(policy.activations, Ckks):
+        width = _learning(made, policy.activations, loader)
+    releases = _releases(policy, loader, before, job.train.epochs, vanilla=made.head is None)
     if policy.table is not None and not gaps:  # what training would refuse is refused now
         check_records(policy, plan_table(policy, _budget(policy), tuple(before)), collect(made, loader, whose))
     if policy.labels_apart and made.head is None:
@@ -278,7 +285,26 @@ def planned(job: Job) -> Plan:
     )
 
 
-def _releases(policy: Policy, before: Sequence[Event], epochs: int, *, vanilla: bool) -> list[Release]:
+def _learning(made: Cut, treatment: Ckks, loader: Loader) -> int:
+    """How many numbers learn under encryption; what training would refuse is refused now."""
+    part = EncryptedPart(made, treatment)
+    try:
+        if isinstance(loader, PoissonLoader):
+            part.block_rows(loader.capacity)
+    finally:
+        part.close()
+    return sum(p.numel() for p in (*made.owner_parameters(), *made.middle.parameters()) if p.requires_grad)
+
+
+def _releases(policy: Policy, loader: Loader, before: Sequence[Event], epochs: int, *, vanilla: bool) -> list[Release]:
+    treatment = policy.activations
+    if isinstance(treatment, Ckks):
+        if not isinstance(loader, PoissonLoader):  # and then no ε is claimed
+            return []
+        rate, steps = loader.rate, epochs * len(loader)
+        noise = treatment.noise or sums_noise(rate=rate, steps=steps, budget=_budget(policy), spent=before)
+        event = SampledGaussian(rate=rate, noise_multiplier=noise, steps=steps)
+        return [Release(kind="update", treatment="ckks", event=event)]
     once = label_releases(policy) if vanilla else []
     if policy.table is not None:
         once = list(plan_table(policy, _budget(policy), tuple(before)).releases)
@@ -298,7 +324,8 @@ def _plan_line(release: Release, policy: Policy, units: int, width: int) -> Plan
     ratio = None
     if noise is not None:
         per_class = units / (policy.classes or 1)  # a unit's records weigh as much together as one
-        summed = {Aggregate: per_class * getattr(policy.activations, "rate", 1.0), Moments: per_class}
+        rate = event.rate if isinstance(event, SampledGaussian) else 1.0
+        summed = {Aggregate: per_class * rate, Moments: per_class, Ckks: units * rate}
         ratio = summed.get(type(policy.activations), 1.0) / (noise * math.sqrt(width))
     return PlanLine(
         kind=release.kind,

@@ -26,6 +26,7 @@ from cloister.output import Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
 from cloister.runs import CARD_FILE, JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
 from cloister.weights import save_weights
+from privacy.ckks.settings import EncryptionSettings
 from privacy.claims import Claim
 from wire.errors import CloisterError, ConfigError
 
@@ -56,6 +57,7 @@ class TrainResult:
         delta: that goes with it.
         data_set: what the training data is called in the privacy ledger.
         claim: what may be said of the data set's privacy.
+        encryption: what the middle was encrypted with, where it was.
         card: the model's card: what it is, what was spent on it and what that rests on.
         interrupted: whether it was stopped before its end.
     """
@@ -77,6 +79,7 @@ class TrainResult:
     delta: float | None
     data_set: str | None
     claim: str | None
+    encryption: EncryptionSettings | None
     card: Path
     interrupted: bool
 
@@ -202,11 +205,12 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             delta=None if claim is None else claim.spent.delta,
             data_set=trainer.guard.data_set,
             claim=None if claim is None else claim.sentence,
+            encryption=trainer.encryption,
             card=folder.path / CARD_FILE,
             interrupted=interrupted,
         )
         values = dataclasses.asdict(result)
-        folder.finish(values, model_card(job, values, claim))
+        folder.finish(values, model_card(job, values, claim, result.encryption))
     return result, claim
 
 

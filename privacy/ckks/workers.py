@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import secrets
 import subprocess
@@ -17,12 +18,22 @@ import numpy.typing as npt
 
 from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, ENCRYPT_REAL, REQUEST, SECRET_BYTES, read_exactly
 from wire.ciphertexts import RINGS, SEED_BYTES, SQUARE_RINGS, Ciphertexts, Ring
-from wire.errors import EncryptionError
+from wire.errors import ConfigError, EncryptionError
 
-__all__ = ["CipherWorkers", "Encrypted", "StepKey"]
+__all__ = ["MOST_WORKERS", "CipherWorkers", "Encrypted", "StepKey", "require_library"]
 
-_MOST_WORKERS: Final = 8  # beyond, a step of some hundred ciphertexts is not worth the processes
+MOST_WORKERS: Final = 8  # beyond, a step of some hundred ciphertexts is not worth the processes
 _GOODBYE_S: Final = 5.0
+
+
+def require_library() -> None:
+    """Raises: ConfigError where the library of encryption is not installed, and says what to install."""
+    missing = [name for name in ("tenseal", "zstandard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"encryption needs {' and '.join(missing)} on this machine (the node needs neither): "
+            'pip install "cloister[ckks]"'
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,14 @@ class CipherWorkers:
     """Some processes that encrypt and decrypt side by side. They start with the first call."""
 
     def __init__(self, ring: Ring, count: int | None = None) -> None:
-        """For keys of ``ring``; as many as there are processors, unless said otherwise."""
+        """For keys of ``ring``; as many as there are processors, unless said otherwise.
+
+        Raises:
+            ConfigError: there is no library of encryption.
+        """
+        require_library()
         self._number, self._ring = (*RINGS, *SQUARE_RINGS).index(ring), ring
-        self._count = count or min(_MOST_WORKERS, os.cpu_count() or 1)
+        self._count = count or min(MOST_WORKERS, os.cpu_count() or 1)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
 
