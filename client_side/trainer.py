@@ -207,7 +207,7 @@ class Trainer:
         return sum((link.traffic for link in links if link is not None), self._past_traffic)
 
     @property
-    def encryption(self) -> EncryptionUsed | None:
+    def inference_encryption(self) -> EncryptionUsed | None:
         """What evaluation and prediction were last encrypted by; ``None`` where they were not."""
         return self._used
 

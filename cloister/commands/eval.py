@@ -103,7 +103,7 @@ def evaluate(
         began = time.perf_counter()
         with new_trainer(job, made, owner, [], policy=policy) as trainer:
             found = trainer.evaluate(loader)
-            traffic, used = trainer.traffic, trainer.encryption
+            traffic, used = trainer.traffic, trainer.inference_encryption
     print_record(
         EvalResult(
             loss=round(found.loss, 6) if math.isfinite(found.loss) else None,

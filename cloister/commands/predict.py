@@ -124,7 +124,7 @@ def predict(
         began = time.perf_counter()
         with new_trainer(job, made, owner, [], policy=policy) as trainer:
             outputs = torch.cat(list(display.counted(trainer.predictions(_batches(rows, batch)), of=len(rows[0]))))
-            traffic, used = trainer.traffic, trainer.encryption
+            traffic, used = trainer.traffic, trainer.inference_encryption
     save_array(out, outputs)
     print_record(
         PredictResult(
