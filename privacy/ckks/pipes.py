@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO, Final
 
-__all__ = ["ANSWER", "DECRYPT", "ENCRYPT", "REQUEST", "SECRET_BYTES", "read_exactly"]
+__all__ = ["ANSWER", "DECRYPT", "ENCRYPT", "PREPARE", "REQUEST", "SECRET_BYTES", "read_exactly"]
 
 SECRET_BYTES: Final = 64  # of which SEAL makes a key
 ENCRYPT: Final = 1
 DECRYPT: Final = 2
+PREPARE: Final = 3  # makes the key that comes next, and answers nothing
 #: What to do, the ring's number, how many ciphertexts, the scale, and the step's secret; then the array.
 REQUEST: Final = struct.Struct(f"<BBId{SECRET_BYTES}s")
 #: Whether it was done, and the bytes that follow: the result, or what went wrong.

@@ -6,40 +6,52 @@ parent's end of the pipe.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 
-from privacy.ckks.pipes import ANSWER, ENCRYPT, REQUEST, read_exactly
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, PREPARE, REQUEST, read_exactly
 from privacy.ckks.seal import Key
-from wire.ciphertexts import RINGS, pack
+from wire.ciphertexts import RINGS, Ring, pack
 
 __all__ = ["main"]
 
 
-def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes:
+_KEYS: Final = 2  # the one at work, and the one that comes next
+
+
+def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes | None:
     kind, number, count, scale, secret = REQUEST.unpack(read_exactly(stream, REQUEST.size))
     ring = RINGS[number]
-    if secret not in keys:
-        for old in list(keys):
-            keys.pop(old).close()
-        keys[secret] = Key(ring, secret)
-    key = keys[secret]
+    # All of a request is read before anything can fail: the next one begins behind it.
+    data = read_exactly(stream, count * {ENCRYPT: 8, DECRYPT: 16, PREPARE: 0}[kind] * ring.degree)
+    if kind == PREPARE:
+        with contextlib.suppress(RuntimeError, ValueError):  # told where the key is used, and fails again
+            _key_of(ring, secret, keys)
+        return None
+    key = _key_of(ring, secret, keys)
     if kind == ENCRYPT:
-        values = np.frombuffer(read_exactly(stream, 8 * ring.degree * count), dtype=np.complex128)
-        seeds, words = key.encrypt(values.reshape(count, -1), scale)
+        seeds, words = key.encrypt(np.frombuffer(data, dtype=np.complex128).reshape(count, -1), scale)
         return seeds.tobytes() + pack(words, ring).tobytes()
-    words = np.frombuffer(read_exactly(stream, 16 * ring.degree * count), dtype=np.uint64)
-    return key.decrypt(words.reshape(2, count, ring.degree), scale).tobytes()
+    return key.decrypt(np.frombuffer(data, dtype=np.uint64).reshape(2, count, ring.degree), scale).tobytes()
+
+
+def _key_of(ring: Ring, secret: bytes, keys: dict[bytes, Key]) -> Key:
+    if secret not in keys:
+        while len(keys) >= _KEYS:
+            keys.pop(next(iter(keys)))
+        keys[secret] = Key(ring, secret)
+    return keys[secret]
 
 
 def main() -> None:
     """Answers until the parent hangs up."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not stand among the answers
-    keys: dict[bytes, Key] = {}  # of the step at hand, and no other
+    keys: dict[bytes, Key] = {}  # by their secrets, the oldest first
     while True:
         try:
             done, data = True, _answered(requests, keys)
@@ -47,6 +59,8 @@ def main() -> None:
             return
         except Exception as error:  # noqa: BLE001 -- told to the parent, which raises it
             done, data = False, f"{type(error).__name__}: {error}".encode()
+        if data is None:
+            continue
         answers.write(ANSWER.pack(done, len(data)))
         answers.write(data)
         answers.flush()
