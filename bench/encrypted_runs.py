@@ -212,7 +212,8 @@ class Workplace:
 
     def _trainer(self, model: nn.Module, policy: cloister.Policy, **more: Any) -> cloister.Trainer:  # noqa: ANN401 - the trainer's own
         cut = cloister.cut(model, front="front", head="head", example=torch.zeros(4, 1, heartbeats.LENGTH))
-        settings = {"node": self._node.address, "identity": self._node.owner, "ledger": self._ledger}
+        settings: dict[str, Any] = {"node": self._node.address, "identity": self._node.owner, "ledger": self._ledger}
+        settings |= {"data_set": "beats"}  # also what is a part of them
         return cloister.Trainer(cut, policy=policy, **{**settings, "optimizer": cloister.Adam(lr=_RATE), **more})
 
 
