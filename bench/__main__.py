@@ -1,4 +1,4 @@
-"""The benchmarks: ``python -m bench [loopback|…|privacy|all]``; ``make bench`` writes RESULTS.md."""
+"""The benchmarks: ``python -m bench [loopback|…|encryption|all]``; ``make bench`` writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import durability, loopback, memory, privacy, small, wan
+from bench import durability, encryption, loopback, memory, privacy, small, wan
 from bench.blocks import tell
 from bench.report import Chapter, as_json, as_markdown, merged
 
@@ -30,6 +30,7 @@ _BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Chapter]]] = {
     "privacy": lambda asked: privacy.privacy(
         privacy.QUICK if asked.quick else privacy.FULL, asked.data, PICTURE if asked.write and asked.data else None
     ),
+    "encryption": lambda asked: encryption.encryption(encryption.QUICK if asked.quick else encryption.FULL, asked.data),
 }
 
 
@@ -63,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="for privacy: mnist10k/*.gz (MNIST's test set) and mitbih/mitbih_beats_128.npz; without, synthetic beats",
+        help="for privacy and encryption: mitbih/mitbih_beats_128.npz, and mnist10k/*.gz (MNIST's test set) for the "
+        "first; without, synthetic beats",
     )
     parser.add_argument("--format", default="table", choices=["table", "json"], help="for people, or for programs")
     parser.add_argument("--write", action="store_true", help=f"also write {RESULTS.name}, and the plot of privacy")

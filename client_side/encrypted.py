@@ -47,7 +47,7 @@ from privacy.hijack import HijackDetector
 from privacy.policy import Ckks, DpSgd
 from protos import node_pb2
 from wire.affine import affine_map, bias_names, check_affine
-from wire.ciphertexts import Scheme, decode
+from wire.ciphertexts import Scheme, decode, packed_counts, spreads
 from wire.codec import MAX_TENSOR_BYTES
 from wire.errors import (
     ConfigError,
@@ -211,6 +211,7 @@ class EncryptedRunner:
         self._shape = output_shapes(cut.program, cut.program.train, 2)[0][1][1:]
         self.node_s = 0.0
         self.evidence: _Evidence | None = None
+        self._next_key = StepKey()
         part.workers.start()
 
     def run(self, step: int, batch: list[MicroBatch]) -> float:
@@ -228,19 +229,19 @@ class EncryptedRunner:
             return self._run(step, whole)
 
     def _run(self, step: int, batch: MicroBatch) -> float:
-        part, rows, key = self._part, len(batch.labels), StepKey()
+        part, rows = self._part, len(batch.labels)
         private = part.private
         with torch.set_grad_enabled(private is None):  # with it, the front runs again when its gradient is known
             smashed, kept = self._front(step, batch)
         rows_BF = smashed.detach().to("cpu", torch.float64).numpy()
-        outputs_BO, told = self._product(step, node_pb2.PHASE_ENCRYPTED_FORWARD, key, rows_BF, part.outputs)
+        outputs_BO, told = self._product(step, node_pb2.PHASE_ENCRYPTED_FORWARD, rows_BF, part.outputs)
         _, bias_O = told
         with contextlib.nullcontext() if private is None else private.per_record(rows):
             outputs = torch.from_numpy(outputs_BO + bias_O).to(self._device, torch.float32)
             loss, gradients = self._head(step, batch, outputs.reshape(rows, *self._shape), kept)
             if private is not None:
                 smashed, _ = self._front(step, batch)
-            self._backward(step, batch, key, smashed, gradients)
+            self._backward(step, batch, smashed, gradients)
         released = self._guard.update(private, self._expected or rows, part.parameters)
         self._link.send(
             encode_frame(
@@ -285,9 +286,7 @@ class EncryptedRunner:
         gradients = outputs.grad
         return loss.item(), torch.zeros_like(outputs) if gradients is None else gradients
 
-    def _backward(
-        self, step: int, batch: MicroBatch, key: StepKey, smashed: torch.Tensor, gradients: torch.Tensor
-    ) -> None:
+    def _backward(self, step: int, batch: MicroBatch, smashed: torch.Tensor, gradients: torch.Tensor) -> None:
         """The layer's gradients from the rows that are here anyway, and the front's."""
         part, (spec,) = self._part, self._cut.program.inputs
         leaf = smashed.detach().requires_grad_()
@@ -298,53 +297,57 @@ class EncryptedRunner:
             return
         returned = leaf.grad
         if not part.treatment.send_weights:
-            returned = self._input_gradients(step, key, gradients)
+            returned = self._input_gradients(step, gradients)
             if self._hijack is not None:
                 self._hijack.observe(step, batch.labels, returned)
         smashed.backward(returned)  # type: ignore[no-untyped-call]  # torch's own signature
 
-    def _input_gradients(self, step: int, key: StepKey, gradients: torch.Tensor) -> torch.Tensor:
+    def _input_gradients(self, step: int, gradients: torch.Tensor) -> torch.Tensor:
         """Output gradients times the weights that only the node knows.
 
         Rows travel at the length that the scheme allows, whatever theirs is, and are scaled back afterwards.
         """
-        del key  # one key may decrypt one answer alone
         flat = gradients.detach().flatten(1).to("cpu", torch.float64).numpy()
         norms = np.linalg.norm(flat, axis=1, keepdims=True)
         unit = self._part.scheme.row_norm * flat / np.maximum(norms, _LEAST_NORM)
-        made, _ = self._product(
-            step, node_pb2.PHASE_ENCRYPTED_BACKWARD, StepKey(), unit, self._part.features, told=False
-        )
+        made, _ = self._product(step, node_pb2.PHASE_ENCRYPTED_BACKWARD, unit, self._part.features, told=False)
         return torch.from_numpy(made * norms / self._part.scheme.row_norm).to(self._device, torch.float32)
 
     def _product(
         self,
         step: int,
         phase: node_pb2.Phase.ValueType,
-        key: StepKey,
         rows_BF: _Array,
         outputs: int,
         *,
         told: bool = True,
     ) -> tuple[_Array, tuple[_Array, _Array]]:
-        """What the node makes of rows, once it was checked; and the weights and bias that it told."""
-        part, block = self._part, self._block
+        """What the node makes of rows, once it was checked; and the weights and bias that it told.
+
+        One key decrypts one answer alone; the next is made while this process does something else.
+        """
+        part, block, key = self._part, self._block, self._next_key
+        self._next_key = StepKey()
         scheme, rows = part.scheme, len(rows_BF)
         probes_PB = None if part.treatment.send_weights else probes(rows)
         sent_BF = rows_BF if probes_PB is None else np.concatenate([rows_BF, probes_PB @ rows_BF])
-        slots = pack_rows(sent_BF, block, scheme.ring.degree)
+        features, each = rows_BF.shape[1], scheme.ring.degree // block
+        spread = phase == node_pb2.PHASE_ENCRYPTED_BACKWARD and spreads(features, outputs, each)
+        slots = pack_rows(sent_BF, block, scheme.ring.degree, spread=spread)
         seeds, words = self._guard.encrypted(part.workers.encrypt(key, slots, 2.0**scheme.value_bits))
         frame = encode_frame(step=step, micro_batch=0, phase=phase, ciphertexts=SentCiphertexts(block, seeds, words))
         self._link.send(frame)
         answer = self._link.receive()
         self.node_s += answer.compute_s
         matrix_FO, bias_O = part.take(answer.tensors) if told else (np.zeros((1, 1)), np.zeros(1))
-        results_RO = self._decrypted(key, answer, outputs)
+        _, down = packed_counts(features, outputs, each, spread=spread)
+        results_RO = self._decrypted(key, answer, down, spread=spread)
+        part.workers.prepare(self._next_key, len(slots))
         try:
             norm = float(np.linalg.norm(matrix_FO, axis=0).max()) if part.treatment.send_weights else self._most_norm
-            bound = LayerBound.of(scheme, features=rows_BF.shape[1], weight_norm=norm, block_rows=block)
+            bound = LayerBound.of(scheme, features=features, weight_norm=norm, block_rows=block)
             most = min(scheme.largest_result, norm * scheme.row_norm) + bound.total
-            check_results(results_RO, len(sent_BF), most=most, tolerance=bound.total)
+            check_results(results_RO, len(sent_BF), most=most, tolerance=bound.total, outputs=outputs)
             if probes_PB is None:
                 check_products(results_RO, rows_BF, matrix_FO, tolerance=bound.total, checked=part.treatment.check_rows)
             else:
@@ -353,7 +356,7 @@ class EncryptedRunner:
             told_bytes = b"" if answer.ciphertexts is None else answer.ciphertexts.SerializeToString()
             self.evidence = _Evidence(frame, told_bytes)
             raise
-        return results_RO[:rows], (matrix_FO, bias_O)
+        return results_RO[:rows, :outputs], (matrix_FO, bias_O)
 
     @property
     def _most_norm(self) -> float:
@@ -361,17 +364,17 @@ class EncryptedRunner:
         scheme = self._part.scheme
         return scheme.largest_result / scheme.row_norm
 
-    def _decrypted(self, key: StepKey, answer: Answer, outputs: int) -> _Array:
+    def _decrypted(self, key: StepKey, answer: Answer, ciphertexts: int, *, spread: bool) -> _Array:
         scheme = self._part.scheme
         if answer.ciphertexts is None:
             raise MessageRejectedError("the node's answer carries no ciphertexts")
         came = decode(
             answer.ciphertexts,
             scheme.ring,
-            count=outputs,
+            count=ciphertexts,
             block_rows=self._block,
             seeded=False,
             max_bytes=MAX_TENSOR_BYTES,
         )
         slots = self._part.workers.decrypt(key, came, scheme.result_scale)
-        return unpack_rows(slots, self._block)
+        return unpack_rows(slots, self._block, spread=spread)

@@ -6,9 +6,10 @@ owner computes what lies between two of them. Ciphertexts add, and scale by inte
 product of matrices modulo q (:mod:`server_side.rings`), equal to the bit to what SEAL's evaluator makes of the same
 integers. A convolution is lowered to its matrix. No decision depends on what the ciphertexts hold.
 
-Two packings. *Whole*: each feature has a ciphertext of its own, and weights are integers. *Blocks*: a ciphertext holds
-several features, ``block_rows`` rows of each, and weights are polynomials that hold one number for each block; the
-owner sums the blocks up after decryption.
+Packings. *Whole*: each feature has a ciphertext of its own, and weights are integers. *Shared*: a ciphertext holds
+``block_rows`` rows of several features in turn, weights are polynomials whose slots repeat as often, and the owner sums
+the features up after decryption. *Spread*, the other way round, where more outputs come than features: a ciphertext
+holds one feature as often as it would hold several, and a result holds several outputs.
 
 Shapes: ``C`` ciphertexts, ``F`` features of a row, ``O`` outputs, ``P`` polynomials (2), ``N`` words.
 """
@@ -26,14 +27,24 @@ from protos import encryption_pb2, program_pb2
 from server_side.expansion import expand
 from server_side.rings import combine, evaluations, multiply, slot_polynomials
 from wire.affine import ROWS_AT_ONCE, affine_layers, affine_map, bias_names, check_affine
-from wire.ciphertexts import MAX_CIPHERTEXTS, Ciphertexts, Ring, Scheme, Words, decode, encode_into
+from wire.ciphertexts import (
+    MAX_CIPHERTEXTS,
+    Ciphertexts,
+    Ring,
+    Scheme,
+    Words,
+    decode,
+    encode_into,
+    packed_counts,
+    spreads,
+)
 from wire.errors import LimitExceededError, MessageRejectedError, SpecRejectedError
 from wire.program import Program
 
 __all__ = ["EncryptedLayers", "apply_matrix", "encrypted_bytes"]
 
 _COPIES: Final = 6  # of the words, while they are multiplied: as integers, expanded, as limbs
-_POLYNOMIALS_AT_ONCE: Final = 256  # of weights in blocks: 8 MB of each intermediate
+_POLYNOMIALS_AT_ONCE: Final = 64  # products of words and weights: 1 MB of each intermediate at the smallest degree
 
 
 class EncryptedLayers:
@@ -116,14 +127,19 @@ class EncryptedLayers:
             MessageRejectedError, LimitExceededError: as for :meth:`forward`.
         """
         matrix_FO, _ = affine_map(self._program, values, self._device)
-        self._apply(message, matrix_FO.T, into)
+        self._apply(message, matrix_FO.T, into, may_spread=True)
 
     def told(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """What the owner computes with in the clear: all parameters, or only biases, in the program's order."""
         return [values[spec.name].detach() for spec in self._program.state if spec.name in self._told]
 
     def _apply(
-        self, message: encryption_pb2.Ciphertexts, matrix_FO: torch.Tensor, into: encryption_pb2.Ciphertexts
+        self,
+        message: encryption_pb2.Ciphertexts,
+        matrix_FO: torch.Tensor,
+        into: encryption_pb2.Ciphertexts,
+        *,
+        may_spread: bool = False,
     ) -> None:
         scheme, ring = self._scheme, self._scheme.ring
         features, outputs = matrix_FO.shape
@@ -131,15 +147,19 @@ class EncryptedLayers:
             raise LimitExceededError("weights that are not finite: the training diverged")
         scheme.check_weights(float(matrix_FO.norm(dim=0).max()))
         block = _checked_block(message.block_rows, ring)
-        count = math.ceil(features / (ring.degree // block))
-        if 8 * 2 * ring.degree * (count + outputs) > self._max_bytes or outputs > MAX_CIPHERTEXTS:
-            raise LimitExceededError(f"{count} ciphertexts up and {outputs} down; the limit is {self._max_bytes} bytes")
-        came = decode(message, ring, count=count, block_rows=block, seeded=True, max_bytes=self._max_bytes)
-        made = apply_matrix(came, matrix_FO, scheme, self._device)
+        each = ring.degree // block
+        spread = may_spread and spreads(features, outputs, each)
+        up, down = packed_counts(features, outputs, each, spread=spread)
+        if 8 * 2 * ring.degree * (up + down) > self._max_bytes or down > MAX_CIPHERTEXTS:
+            raise LimitExceededError(f"{up} ciphertexts up and {down} down; the limit is {self._max_bytes} bytes")
+        came = decode(message, ring, count=up, block_rows=block, seeded=True, max_bytes=self._max_bytes)
+        made = apply_matrix(came, matrix_FO, scheme, self._device, spread=spread)
         encode_into(into, Ciphertexts(block, None, made), ring)
 
 
-def apply_matrix(came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, device: torch.device) -> Words:
+def apply_matrix(
+    came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, device: torch.device, *, spread: bool = False
+) -> Words:
     """Every output's ciphertext.
 
     Args:
@@ -147,9 +167,10 @@ def apply_matrix(came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, dev
         matrix_FO: float64, the weights; rounded to multiples of ``2**-weight_bits``.
         scheme: the session's.
         device: computes.
+        spread: whether several outputs share a ciphertext, not several features.
 
     Returns:
-        uint64 [P, O, N].
+        uint64 [P, C, N], C as :func:`wire.ciphertexts.packed_counts` says.
     """
     ring = scheme.ring
     if came.seeds is None:
@@ -160,29 +181,45 @@ def apply_matrix(came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, dev
         weights_FO = (matrix_FO * 2.0**scheme.weight_bits).round().to(torch.int64)
         made = combine(words_PCN, weights_FO, ring)
     else:
-        made = _combine_blocks(words_PCN, matrix_FO, came.block_rows, scheme)
+        each = ring.degree // came.block_rows
+        weights = _spread(matrix_FO, each) if spread else _shared(matrix_FO, each)
+        made = _combine_periods(words_PCN, weights, scheme)
     return made.cpu().numpy().view(np.uint64)
 
 
-def _combine_blocks(words_PCN: torch.Tensor, matrix_FO: torch.Tensor, block_rows: int, scheme: Scheme) -> torch.Tensor:
-    """``sum over C of words * the polynomials of their weights``, modulo q."""
-    ring = scheme.ring
-    count, outputs = words_PCN.shape[1], matrix_FO.shape[1]
-    features = ring.degree // block_rows  # in each ciphertext
-    padded_OCf = torch.zeros(outputs, count * features, dtype=torch.float64, device=matrix_FO.device)
-    padded_OCf[:, : len(matrix_FO)] = matrix_FO.T
-    padded_OCf = padded_OCf.reshape(outputs, count, features)
-    made = torch.zeros(2, outputs, ring.degree, dtype=torch.int64, device=words_PCN.device)
-    at_once = max(1, _POLYNOMIALS_AT_ONCE // count)
-    for start in range(0, outputs, at_once):
-        slots = padded_OCf[start : start + at_once].repeat_interleave(block_rows // 2, dim=-1)
-        polynomials = slot_polynomials(slots, 2.0**scheme.weight_bits, ring).remainder_(ring.modulus)
-        weights_oCN = evaluations(polynomials, ring)
-        for half, words_CN in enumerate(words_PCN):
-            for number in range(count):
-                made[half, start : start + at_once] += multiply(words_CN[number], weights_oCN[:, number], ring)
-            made[half, start : start + at_once].remainder_(ring.modulus)
-    return made
+def _shared(matrix_FO: torch.Tensor, each: int) -> torch.Tensor:
+    """Of each output and ciphertext, the weights of its features in turn; [O, C, each]."""
+    features, outputs = matrix_FO.shape
+    count = math.ceil(features / each)
+    padded = torch.zeros(outputs, count * each, dtype=torch.float64, device=matrix_FO.device)
+    padded[:, :features] = matrix_FO.T
+    return padded.reshape(outputs, count, each)
+
+
+def _spread(matrix_FO: torch.Tensor, each: int) -> torch.Tensor:
+    """Of each ciphertext of outputs and feature, the outputs' weights in turn; [R, F, each]."""
+    features, outputs = matrix_FO.shape
+    padded = torch.zeros(features, math.ceil(outputs / each) * each, dtype=torch.float64, device=matrix_FO.device)
+    padded[:, :outputs] = matrix_FO
+    return padded.reshape(features, -1, each).transpose(0, 1)
+
+
+def _combine_periods(words_PCN: torch.Tensor, weights_RCf: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """``sum over C of words * the polynomials whose slots repeat their weights``, modulo q; int64 [P, R, N]."""
+    ring, (results, count, period) = scheme.ring, weights_RCf.shape
+    # A polynomial whose slots have a period has equal evaluations side by side: one of each is enough.
+    words_PCnk = words_PCN.reshape(2, 1, count, 2 * period, -1)
+    made = torch.zeros(2, results, *words_PCnk.shape[3:], dtype=torch.int64, device=words_PCN.device)
+    columns = min(count, _POLYNOMIALS_AT_ONCE)  # sums of so many words stay below 2**63
+    rows = max(1, _POLYNOMIALS_AT_ONCE // columns)
+    for top in range(0, results, rows):
+        for left in range(0, count, columns):
+            at, of = slice(top, top + rows), slice(left, left + columns)
+            polynomials = slot_polynomials(weights_RCf[at, of], 2.0**scheme.weight_bits).remainder_(ring.modulus)
+            weights_RCn1 = evaluations(polynomials, ring)[..., None]
+            for half, words_1Cnk in enumerate(words_PCnk):
+                made[half, at] += multiply(words_1Cnk[:, of], weights_RCn1, ring).sum(dim=1).remainder_(ring.modulus)
+    return made.remainder_(ring.modulus).reshape(2, results, ring.degree)
 
 
 def encrypted_bytes(program: Program, scheme: Scheme) -> int:

@@ -56,6 +56,17 @@ _SIGMA: Final = tuple(
         "ea489fd61c02b753",
     )
 )
+# Which words of the message each half of each G adds, and where; the rest of a leaf's block is padding, all zero.
+_ADDED: Final = tuple(
+    tuple(
+        tuple(
+            tuple((place, word) for place, word in enumerate(schedule[start + half : start + 8 : 2]) if word < 8)  # noqa: PLR2004
+            for half in range(2)
+        )
+        for start in (0, 8)
+    )
+    for schedule in _SIGMA
+)
 
 
 def expand(seeds: npt.NDArray[np.uint8], ring: Ring) -> Words:
@@ -126,25 +137,32 @@ def _compressed(message_8L: Words, offsets_L: Words) -> Words:
     state[12] ^= np.uint64(_LEAF)  # bytes so far
     state[14] ^= np.uint64(_MOST)  # the last block
     a, b, c, d = (state[4 * n : 4 * n + 4] for n in range(4))
+    diagonal_b, diagonal_c, diagonal_d = np.empty((3, 4, count), dtype=np.uint64)
+    turns = ((b, diagonal_b, 1), (c, diagonal_c, 2), (d, diagonal_d, 3))
     spare = np.empty((4, count), dtype=np.uint64)
-    block = np.zeros((16, count), dtype=np.uint64)  # the second half of the block is padding
-    block[:8] = message_8L
-    for schedule in _SIGMA:
-        _mix(a, b, c, d, block[list(schedule[0:8:2])], block[list(schedule[1:8:2])], spare)
-        b[:], c[:], d[:] = np.roll(b, -1, 0), np.roll(c, -2, 0), np.roll(d, -3, 0)
-        _mix(a, b, c, d, block[list(schedule[8::2])], block[list(schedule[9::2])], spare)
-        b[:], c[:], d[:] = np.roll(b, 1, 0), np.roll(c, 2, 0), np.roll(d, 3, 0)
+    for columns, diagonals in _ADDED:
+        _mix((a, b, c, d), columns, message_8L, spare)
+        for rows, turned, by in turns:
+            turned[: 4 - by], turned[4 - by :] = rows[by:], rows[:by]
+        _mix((a, diagonal_b, diagonal_c, diagonal_d), diagonals, message_8L, spare)
+        for rows, turned, by in turns:
+            rows[by:], rows[:by] = turned[: 4 - by], turned[4 - by :]
     made: Words = head ^ state[:8] ^ state[8:]
     return made
 
 
-def _mix(  # noqa: PLR0917 -- the names that RFC 7693 gives them
-    a: Words, b: Words, c: Words, d: Words, x: Words, y: Words, spare: Words
+def _mix(
+    state: tuple[Words, Words, Words, Words],
+    added: tuple[tuple[tuple[int, int], ...], ...],
+    message_8L: Words,
+    spare: Words,
 ) -> None:
     """The function G on four columns (or diagonals) of all states at once, in place."""
-    for message, first, second in ((x, 32, 24), (y, 16, 63)):
+    a, b, c, d = state
+    for words, first, second in ((added[0], 32, 24), (added[1], 16, 63)):
         a += b
-        a += message
+        for place, word in words:
+            a[place] += message_8L[word]
         d ^= a
         _rotate(d, first, spare)
         c += d

@@ -70,16 +70,18 @@ def evaluations(coefficients_N: torch.Tensor, ring: Ring) -> torch.Tensor:
     Cooley and Tukey's butterflies, as Longa and Naehrig (2016, algorithm 1) merge them with the powers of a 2N-th root.
 
     Args:
-        coefficients_N: int64 [..., N], each from 0 to q - 1.
+        coefficients_N: int64 [..., n], each from 0 to q - 1: all N of them; or, of a polynomial in X**(N / n), those
+            that are not zero, n a power of two.
         ring: which.
 
     Returns:
-        int64 of the same shape, each from 0 to q - 1.
+        int64 of the same shape, each from 0 to q - 1: of N / n evaluations that follow each other, and are equal, one.
     """
-    values = coefficients_N.reshape(-1, ring.degree).clone()
+    degree = coefficients_N.shape[-1]
+    values = coefficients_N.reshape(-1, degree).clone()
     roots = _roots(ring).to(values.device)
-    parts, width = 1, ring.degree
-    while parts < ring.degree:
+    parts, width = 1, degree
+    while parts < degree:
         width //= 2
         pairs = values.view(-1, parts, 2, width)
         even = pairs[:, :, 0].clone()
@@ -90,18 +92,17 @@ def evaluations(coefficients_N: torch.Tensor, ring: Ring) -> torch.Tensor:
     return values.reshape(coefficients_N.shape)
 
 
-def slot_polynomials(slots: torch.Tensor, scale: float, ring: Ring) -> torch.Tensor:
+def slot_polynomials(slots: torch.Tensor, scale: float) -> torch.Tensor:
     """The integer polynomials whose complex slots hold ``slots`` times ``scale``: CKKS' encoding of real numbers.
 
     Args:
-        slots: float64 [..., N / 2].
+        slots: float64 [..., n / 2]: all N / 2 of them; or, where they repeat themselves, one period of a power of two.
         scale: by which they are multiplied before they are rounded.
-        ring: of which degree.
 
     Returns:
-        int64 [..., N], of either sign.
+        int64 [..., n], of either sign: the coefficients of the powers of X**(N / n), and the others are zero.
     """
-    degree = ring.degree
+    degree = 2 * slots.shape[-1]
     places, mirrored = _slot_places(degree)
     odd_powers = torch.zeros(*slots.shape[:-1], degree, dtype=torch.complex128, device=slots.device)
     odd_powers[..., places.to(slots.device)] = slots.to(torch.complex128)
@@ -112,7 +113,7 @@ def slot_polynomials(slots: torch.Tensor, scale: float, ring: Ring) -> torch.Ten
     return rounded
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _slot_places(degree: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which odd power of the 2N-th root of unity a slot is the value at, and which its conjugate."""
     power, found = 1, []

@@ -133,8 +133,8 @@ class NodeService:
                     yield answer
                 finally:  # an owner who hangs up now ends the generator here: its frame counts all the same
                     # After the session has checked them: counting by foreign headers could take for ever.
-                    metrics.received(min(payload_bytes(request.frame.tensors), most))
-                    metrics.sent(payload_bytes(answer.tensors))
+                    metrics.received(min(_payload_bytes(request.frame), most))
+                    metrics.sent(_payload_bytes(answer))
                     metrics.frame_answered(answer.phase, answer.compute_s)
                     if answer.updated:
                         metrics.step_applied()
@@ -154,8 +154,8 @@ class NodeService:
                 answer = stay.session.infer(request.batch)
                 if ended.is_set():
                     raise SessionSupersededError("a newer stream works on this session")
-                self._keeper.metrics.received(payload_bytes(request.batch.tensors))
-                self._keeper.metrics.sent(payload_bytes(answer.tensors))
+                self._keeper.metrics.received(_payload_bytes(request.batch))
+                self._keeper.metrics.sent(_payload_bytes(answer))
                 yield answer
 
     def Snapshot(
@@ -319,6 +319,14 @@ class NodeService:
             self._keeper.metrics.refused(told)
             context.abort_with_status(status_of(told))
             raise AssertionError from error  # abort_with_status does not return
+
+
+def _payload_bytes(
+    message: node_pb2.Frame | node_pb2.TrainResponse | node_pb2.Batch | node_pb2.InferResponse,
+) -> int:
+    """Of tensors and ciphertexts."""
+    encrypted = message.ciphertexts
+    return payload_bytes(message.tensors) + len(encrypted.seeds) + len(encrypted.words)
 
 
 def _opened(stay: Stay, *, already: bool) -> node_pb2.OpenSessionResponse:

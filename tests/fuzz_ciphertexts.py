@@ -269,8 +269,8 @@ def _empty(m: Message, f: Fodder) -> None:
 def _shifted(m: Message, f: Fodder) -> None:
     """Adds a plaintext that is not zero in one row of one output alone, and far below what no result exceeds."""
     numbers = torch.zeros(RING.degree // 2, dtype=torch.float64)
-    numbers[f.below(CAPACITY // 2)] = 0.25  # the real part of a slot of the first block: one row
-    plain = evaluations(slot_polynomials(numbers, 2.0**43, RING).remainder(RING.modulus), RING)
+    numbers[RING.degree // CAPACITY * f.below(CAPACITY // 2)] = 0.25  # the real part of a slot: one row
+    plain = evaluations(slot_polynomials(numbers, 2.0**43).remainder(RING.modulus), RING)
     words = _words(m, f)
     number = f.below(words.shape[1])
     words[0, number] = (words[0, number] + plain.numpy().view(np.uint64)) % np.uint64(RING.modulus)

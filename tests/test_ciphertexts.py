@@ -29,8 +29,10 @@ from wire.ciphertexts import (
     decode,
     encode_into,
     pack,
+    packed_counts,
     scheme_from_proto,
     security_bits,
+    spreads,
     unpack,
 )
 from wire.errors import ConfigError, LimitExceededError, MessageRejectedError, SpecRejectedError
@@ -106,9 +108,23 @@ def test_the_transform_is_that_of_seals_encoder(ring: Ring) -> None:
     key = Key(ring, SECRET)
     key._encoder.encode(numbers.tolist(), 2.0**20, key._plain)
 
-    made = evaluations(slot_polynomials(numbers, 2.0**20, ring).remainder(ring.modulus), ring)
+    made = evaluations(slot_polynomials(numbers, 2.0**20).remainder(ring.modulus), ring)
 
     assert made.tolist() == [key._plain.data(i) for i in range(ring.degree)]
+
+
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("period", [2, 8, 1024])
+def test_slots_that_repeat_themselves_are_transformed_once(ring: Ring, period: int) -> None:
+    numbers = torch.randn(period, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    key = Key(ring, SECRET)
+    key._encoder.encode(numbers.repeat(ring.degree // 2 // period).tolist(), 2.0**20, key._plain)
+
+    made = evaluations(slot_polynomials(numbers, 2.0**20).remainder(ring.modulus), ring)
+
+    assert made.shape == (2 * period,)
+    whole = made.repeat_interleave(ring.degree // 2 // period)
+    assert whole.tolist() == [key._plain.data(i) for i in range(ring.degree)]
 
 
 @settings(max_examples=20, deadline=None)
@@ -159,7 +175,7 @@ def test_the_encrypted_layer_equals_seals_evaluator_to_the_bit() -> None:
         assert (words_of(total, RING.degree) == made[:, output]).all()
 
 
-def test_blocks_equal_seals_evaluator_to_the_bit() -> None:
+def test_shared_ciphertexts_equal_seals_evaluator_to_the_bit() -> None:
     features, block = 40, 64  # 32 features in the first ciphertext, 8 in the second
     slots = np.random.default_rng(0).normal(size=(2, RING.degree // 2)) + 0j
     alone = encrypted(slots)
@@ -175,12 +191,65 @@ def test_blocks_equal_seals_evaluator_to_the_bit() -> None:
     terms = []
     for cipher, own in zip(in_seal(alone), padded.reshape(2, 32), strict=True):
         plain, product = seal.Plaintext(), seal.Ciphertext()
-        encoder.encode(own.repeat_interleave(block // 2).tolist(), 2.0**scheme.weight_bits, plain)
+        encoder.encode(own.repeat(block // 2).tolist(), 2.0**scheme.weight_bits, plain)
         evaluator.multiply_plain(cipher, plain, product)
         terms.append(product)
     total = seal.Ciphertext()
     evaluator.add_many(terms, total)
     assert (words_of(total, RING.degree) == made[:, 0]).all()
+
+
+def test_outputs_that_share_ciphertexts_equal_seals_evaluator_to_the_bit() -> None:
+    features, outputs, block = 3, 40, 64  # 32 outputs in the first ciphertext that comes down, 8 in the second
+    slots = np.random.default_rng(0).normal(size=(features, RING.degree // 2)) + 0j
+    alone = encrypted(slots)
+    weights = torch.randn(features, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme(row_norm=8.0)
+    made = apply_matrix(Ciphertexts(block, alone.seeds, alone.words), weights, scheme, CPU, spread=True)
+
+    context = _context(RING)
+    evaluator, encoder = seal.Evaluator(context), seal.CKKSEncoder(context)
+    padded = torch.zeros(features, 64, dtype=torch.float64)
+    padded[:, :outputs] = weights
+    assert made.shape == (2, 2, RING.degree)
+    for place in range(2):
+        terms = []
+        for cipher, own in zip(in_seal(alone), padded[:, 32 * place : 32 * place + 32], strict=True):
+            plain, product = seal.Plaintext(), seal.Ciphertext()
+            encoder.encode(own.repeat(block // 2).tolist(), 2.0**scheme.weight_bits, plain)
+            evaluator.multiply_plain(cipher, plain, product)
+            terms.append(product)
+        total = seal.Ciphertext()
+        evaluator.add_many(terms, total)
+        assert (words_of(total, RING.degree) == made[:, place]).all()
+
+
+def test_many_shared_ciphertexts_are_summed_exactly() -> None:
+    """More of them, and more outputs, than are multiplied at once."""
+    features, outputs, block = 1200, 70, 512
+    draws = np.random.default_rng(0)
+    words = random_words(1, 300, RING.degree)
+    seeds = draws.integers(256, size=(300, 64), dtype=np.uint8)
+    weights = torch.from_numpy(draws.normal(size=(features, outputs)))
+    scheme = Scheme(row_norm=1.0)
+
+    made = apply_matrix(Ciphertexts(block, seeds, words), weights, scheme, CPU)
+
+    for output in (0, 69):
+        total = 0
+        for number, own in enumerate(weights[:, output].reshape(300, 4)):
+            polynomial = slot_polynomials(own, 2.0**scheme.weight_bits).remainder(RING.modulus)
+            first = int(evaluations(polynomial, RING)[0])
+            total += int(words[0, number, 0]) * first
+        assert int(made[0, output, 0]) == total % RING.modulus
+
+
+def test_outputs_share_ciphertexts_where_that_is_cheaper() -> None:
+    assert spreads(5, 256, 512)
+    assert packed_counts(5, 256, 512, spread=True) == (5, 1)
+    assert not spreads(256, 5, 512)
+    assert packed_counts(256, 5, 512, spread=False) == (1, 5)
+    assert not spreads(5, 256, 1)  # nothing shares anything
 
 
 class _Around(nn.Module):

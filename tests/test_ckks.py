@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from privacy.ckks import layer
+from privacy.ckks import layer, worker
 from privacy.ckks.layer import (
     LayerBound,
     block_rows_for,
@@ -24,6 +25,7 @@ from privacy.ckks.layer import (
     probes,
     unpack_rows,
 )
+from privacy.ckks.pipes import PREPARE, REQUEST
 from privacy.ckks.seal import Key
 from privacy.ckks.workers import CipherWorkers, StepKey
 from protos import encryption_pb2
@@ -111,6 +113,18 @@ def test_rows_that_were_packed_come_back() -> None:
         assert not summed[5:].any()
 
 
+def test_rows_that_were_spread_come_back_one_by_one() -> None:
+    rows = rows_of(5)[:, :3]
+
+    for block in (512, 8):
+        slots = pack_rows(rows, block, RING.degree, spread=True)
+        found = unpack_rows(slots, block, spread=True)
+        each = RING.degree // block
+        assert slots.shape == (3, RING.degree // 2)
+        assert (found[:5] == rows.repeat(each, axis=1)).all()
+        assert not found[5:].any()
+
+
 def test_the_packing_follows_the_largest_batch() -> None:
     assert [block_rows_for(n, 2048) for n in (1, 3, 4, 64, 65, 512, 513, 2048)] == [2, 4, 4, 64, 128, 512, 2048, 2048]
     with pytest.raises(ConfigError, match="up to 2049 rows"):
@@ -126,6 +140,32 @@ def test_each_step_has_a_key_of_its_own_that_is_never_shown(workers: CipherWorke
     first, second = (workers.encrypt(one, np.ones((1, 1024), dtype=np.complex128), 1.0) for _ in range(2))
     assert not np.array_equal(first.seeds, second.seeds)  # encryption itself is not derived from the secret
     assert not np.array_equal(first.words, second.words)
+
+
+def test_a_worker_holds_the_latest_keys_and_makes_none_of_them_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[bytes] = []
+    monkeypatch.setattr(worker, "Key", lambda _, secret: made.append(secret))
+    monkeypatch.setattr(worker, "_KEYS", 2)
+    secrets = [StepKey().secret for _ in range(3)]
+    keys: dict[bytes, Any] = {}
+
+    for secret in (secrets[0], secrets[0], secrets[1], secrets[0], secrets[2], secrets[1]):
+        asked = io.BytesIO(REQUEST.pack(PREPARE, 0, 0, 0, 0.0, secret))
+        assert worker._answered(asked, keys) is None
+
+    assert made == secrets
+    assert list(keys) == secrets[1:]
+
+
+def test_a_request_that_fails_leaves_the_next_one_readable(workers: CipherWorkers) -> None:
+    key, slots = StepKey(), np.ones((1, 1024), dtype=np.complex128)
+    with pytest.raises(EncryptionError, match="failed"):
+        workers.encrypt(key, slots, 2.0**80)
+
+    workers.prepare(key, 1)
+    assert len(workers.encrypt(key, slots, 2.0**20).seeds) == 1
 
 
 def test_a_worker_that_dies_is_told_and_replaced() -> None:
@@ -230,6 +270,7 @@ def test_T17_numbers_that_would_escape_one_check_alone_meet_another(workers: Cip
         (np.full_like(results, 1e9), lambda r: check_results(r, 100, most=20, tolerance=bound)),
         (np.full_like(results, np.nan), lambda r: check_results(r, 100, most=20, tolerance=bound)),
         (padded, lambda r: check_results(r, 100, most=20, tolerance=bound)),
+        (padded.T, lambda r: check_results(r, r.shape[0], most=20, tolerance=bound, outputs=100)),
         (
             results + 10 * bound,
             lambda r: check_products(r, exchange.rows, exchange.matrix.numpy(), tolerance=bound, checked=4),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,24 @@ def test_a_poisson_loader_draws_each_record_with_its_rate() -> None:
     assert max(sizes) <= loader.capacity
     with pytest.raises(ConfigError, match="at least 32"):
         cloister.PoissonLoader(records(), expected=8)
+
+
+def test_the_node_counts_the_bytes_that_its_owner_counts(tmp_path: Path, ledger: cloister.Ledger) -> None:
+    with cloister.LocalNode(tmp_path / "node", threads=1, options=["--metrics", "localhost:0"]) as counting:
+        cut = cloister.cut(Net(), front="front", head="head", example=torch.randn(4, FEATURES))
+        with cloister.Trainer(
+            cut,
+            node=counting.address,
+            identity=counting.owner,
+            policy=policy(send_weights=False),
+            optimizer=cloister.SGD(lr=0.3),
+            ledger=ledger,
+        ) as trainer:
+            trainer.fit(batches(), 1)
+            traffic = trainer.traffic
+        with urllib.request.urlopen(f"http://{counting.ready['metrics']}/metrics", timeout=10) as answer:
+            told = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+
+    assert traffic.up > 5 * 2048 * 54 // 8  # a ciphertext a step, at least
+    assert float(told["cloister_node_received_bytes_total"]) == traffic.up
+    assert float(told["cloister_node_sent_bytes_total"]) == traffic.down

@@ -349,11 +349,7 @@ def _without_key(carried: encryption_pb2.Ciphertexts) -> Any:
     block = carried.block_rows
     made = decode(carried, RING, count=carried.count, block_rows=block, seeded=True, max_bytes=2**28)
     alone = np.concatenate([made.words, np.zeros_like(made.words)])
-    key = Key(RING, bytes(64))
-    try:
-        return unpack_rows(key.decrypt(alone, 2.0**23), block)
-    finally:
-        key.close()
+    return unpack_rows(Key(RING, bytes(64)).decrypt(alone, 2.0**23), block)
 
 
 def _unnoised(secrets: Secrets) -> Iterator[str]:
@@ -493,7 +489,7 @@ def _words_without_a_mask(monkeypatch: pytest.MonkeyPatch, secrets: Secrets) -> 
 
     def encrypt(own: Any, key: Any, slots: Any, scale: float) -> Encrypted:
         del own, key
-        polynomials = slot_polynomials(torch.from_numpy(slots.real.copy()), scale, RING).remainder(RING.modulus)
+        polynomials = slot_polynomials(torch.from_numpy(slots.real.copy()), scale).remainder(RING.modulus)
         words = evaluations(polynomials, RING).numpy().view(np.uint64)
         seeds = np.random.default_rng().integers(0, 256, (len(slots), SEED_BYTES), dtype=np.uint8)
         return Encrypted(seeds, pack(words, RING).view(np.uint8).reshape(-1))

@@ -39,9 +39,11 @@ __all__ = [
     "encode_into",
     "expected_bytes",
     "pack",
+    "packed_counts",
     "ring_from_proto",
     "scheme_from_proto",
     "security_bits",
+    "spreads",
     "unpack",
 ]
 
@@ -280,6 +282,24 @@ class Ciphertexts:
 def expected_bytes(ring: Ring, count: int, *, seeded: bool) -> int:
     """Of ``count`` ciphertexts on the wire."""
     return count * (ring.polynomial_bytes + (SEED_BYTES if seeded else ring.polynomial_bytes))
+
+
+def packed_counts(features: int, outputs: int, each: int, *, spread: bool) -> tuple[int, int]:
+    """How many ciphertexts go up, and how many come down.
+
+    Args:
+        features: of the layer.
+        outputs: likewise.
+        each: numbers of a row that share a ciphertext.
+        spread: whether those are outputs; otherwise features.
+    """
+    return (features, math.ceil(outputs / each)) if spread else (math.ceil(features / each), outputs)
+
+
+def spreads(features: int, outputs: int, each: int) -> bool:
+    """Whether it is cheaper that outputs share ciphertexts; what comes down has no seeds, and counts double."""
+    (up, down), (shared_up, shared_down) = (packed_counts(features, outputs, each, spread=s) for s in (True, False))
+    return up + 2 * down < shared_up + 2 * shared_down
 
 
 def encode_into(message: encryption_pb2.Ciphertexts, ciphertexts: Ciphertexts, ring: Ring) -> None:

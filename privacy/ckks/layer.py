@@ -3,9 +3,9 @@
 Errors, for a ring of degree N and results scaled by ``2**(value_bits + weight_bits)``. A fresh ciphertext's error has
 N coefficients of standard deviation 3.25 at most (SEAL's noise and the rounding of the encoding), which each real slot
 sees as a Gaussian of √(N/2) times that; a layer adds them up by its weights. Weights are rounded: as integers by half a
-unit each; in blocks as polynomials, whose rounding each slot sees as a Gaussian of √(N/24) for its own number and as
-much for the other of the pair. A bound here is the worst case of the first rounding, and :data:`TAIL` standard
-deviations of what is Gaussian.
+unit each; where features share ciphertexts, as polynomials of n coefficients, n twice as many as the features of each,
+whose rounding each slot sees as a Gaussian (or less) of √(n/24) for its own number and as much for the other of the
+pair. A bound here is the worst case of the first rounding, and :data:`TAIL` standard deviations of what is Gaussian.
 
 Shapes: ``B`` rows, ``F`` features of each, ``C`` ciphertexts, ``O`` outputs, ``N`` the ring's degree.
 """
@@ -67,7 +67,7 @@ class LayerBound:
         unit = scheme.row_norm / 2.0**scheme.weight_bits
         if block_rows == degree:
             return cls(noise, unit * math.sqrt(features) / 2)
-        return cls(noise, TAIL * unit * math.sqrt(degree / 12))
+        return cls(noise, TAIL * unit * math.sqrt(degree // block_rows / 6))
 
     @property
     def total(self) -> float:
@@ -87,28 +87,36 @@ def block_rows_for(capacity: int, degree: int) -> int:
     return block if 4 * block <= degree else degree  # two features in one save little, and cost the node transforms
 
 
-def pack_rows(rows_BF: _Array, block_rows: int, degree: int) -> npt.NDArray[np.complex128]:
+def pack_rows(rows_BF: _Array, block_rows: int, degree: int, *, spread: bool = False) -> npt.NDArray[np.complex128]:
     """The slots of the ciphertexts that hold ``rows_BF``; complex128 [C, N / 2], unused slots zero.
+
+    A slot holds two rows of a feature. The features that share a ciphertext take turns from slot to slot, so that what
+    they are multiplied by repeats itself; with ``spread`` each has one for itself, and takes every turn.
 
     The law: ``unpack_rows(pack_rows(r, b, n), b)``, summed over features, is ``r.sum(1)``.
     """
     rows, features = rows_BF.shape
-    each = degree // block_rows
-    count = math.ceil(features / each)
-    padded = np.zeros((count * each, block_rows))
+    each, half = degree // block_rows, block_rows // 2
+    count = features if spread else math.ceil(features / each)
+    padded = np.zeros((features if spread else count * each, block_rows))
     padded[:features, :rows] = rows_BF.T
-    half = block_rows // 2
-    return (padded[:, :half] + 1j * padded[:, half:]).reshape(count, degree // 2)
+    slots = padded[:, :half] + 1j * padded[:, half:]
+    if spread:
+        return np.repeat(slots, each, axis=1)
+    return np.ascontiguousarray(slots.reshape(count, each, half).transpose(0, 2, 1)).reshape(count, -1)
 
 
-def unpack_rows(slots_CS: npt.NDArray[np.complex128], block_rows: int) -> _Array:
-    """The sum over a ciphertext's features of each row's numbers; float64 [block_rows, C]."""
-    half = block_rows // 2
-    summed = slots_CS.reshape(len(slots_CS), -1, half).sum(axis=1)
-    return np.ascontiguousarray(np.concatenate([summed.real, summed.imag], axis=1).T)
+def unpack_rows(slots_CS: npt.NDArray[np.complex128], block_rows: int, *, spread: bool = False) -> _Array:
+    """The sum over a ciphertext's features of each row's numbers, float64 [block_rows, C].
+
+    With ``spread``, each row's outputs one by one, the zeros after the last one too: float64 [block_rows, C * 2N / B].
+    """
+    turns = slots_CS.reshape(len(slots_CS), block_rows // 2, -1)
+    found = turns.transpose(0, 2, 1).reshape(-1, block_rows // 2) if spread else turns.sum(axis=2)
+    return np.ascontiguousarray(np.concatenate([found.real, found.imag], axis=1).T)
 
 
-def check_results(results_RO: _Array, rows: int, *, most: float, tolerance: float) -> None:
+def check_results(results_RO: _Array, rows: int, *, most: float, tolerance: float, outputs: int | None = None) -> None:
     """Refuses results that no honest node returns; what they are is told to nobody.
 
     Args:
@@ -116,13 +124,15 @@ def check_results(results_RO: _Array, rows: int, *, most: float, tolerance: floa
         rows: that were sent; those after them held zeros.
         most: what no result exceeds.
         tolerance: of a result that should be zero.
+        outputs: of the layer, where results hold others after them, which have no weights.
 
     Raises:
         TamperingSuspectedError: saying which test failed, and no number.
     """
     if not np.isfinite(results_RO).all() or (np.abs(results_RO) > most).any():
         raise TamperingSuspectedError("the node returned ciphertexts of numbers larger than any that it was asked for")
-    if (np.abs(results_RO[rows:]) > tolerance).any():
+    left = [results_RO[rows:]] + ([] if outputs is None else [results_RO[:, outputs:]])
+    if any((np.abs(part) > tolerance).any() for part in left):
         raise TamperingSuspectedError("the node returned ciphertexts that are not zero where nothing was sent")
 
 

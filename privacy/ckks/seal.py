@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -49,19 +50,15 @@ class Key:
             RuntimeError: this build of SEAL has other primes, or writes another format than this module reads.
         """
         self._ring = ring
-        context, key_context = _context(ring), _context(ring, secret)
-        key = seal.KeyGenerator(key_context).secret_key()
+        context, self._encoder, self._file = _shared(ring)
         self._context = context
+        key = seal.KeyGenerator(_context(ring, secret)).secret_key()
         self._encryptor, self._decryptor = seal.Encryptor(context, key), seal.Decryptor(context, key)
-        self._encoder = seal.CKKSEncoder(context)
         self._plain, self._cipher = seal.Plaintext(), seal.Ciphertext()
-        self._file = os.memfd_create("cloister-ckks", os.MFD_CLOEXEC)
         self._path = f"/proc/self/fd/{self._file}"
-        self._template = self._made_template()
-
-    def close(self) -> None:
-        """Lets go of its memory."""
-        os.close(self._file)
+        if ring not in _TEMPLATES:
+            _TEMPLATES[ring] = self._made_template()
+        self._template = _TEMPLATES[ring]
 
     def encrypt(self, slots: Slots, scale: float) -> tuple[npt.NDArray[np.uint8], Words]:
         """Encrypts each row under the key; symmetric, with seeds.
@@ -130,6 +127,16 @@ class Key:
         if len(raw) != size:
             raise RuntimeError(f"SEAL wrote {len(raw)} bytes where {size} were expected: another version of tenseal?")
         return raw
+
+
+_TEMPLATES: Final[dict[Ring, bytes]] = {}
+
+
+@cache  # there are a few rings; a file would stay open
+def _shared(ring: Ring) -> tuple[Any, Any, int]:
+    """What all keys of a ring have in common, made once: a context, its encoder, and a file of memory."""
+    context = _context(ring)
+    return context, seal.CKKSEncoder(context), os.memfd_create("cloister-ckks", os.MFD_CLOEXEC)
 
 
 def _context(ring: Ring, secret: bytes | None = None) -> Any:  # noqa: ANN401 -- a class without types

@@ -6,41 +6,55 @@ parent's end of the pipe.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 
-from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT_REAL, REQUEST, read_exactly
+from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, ENCRYPT_REAL, PREPARE, REQUEST, read_exactly
 from privacy.ckks.seal import Key
-from wire.ciphertexts import RINGS, SQUARE_RINGS, pack
+from wire.ciphertexts import RINGS, SQUARE_RINGS, Ring, pack
 
 __all__ = ["main"]
 
 
-def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes:
+_KEYS: Final = 6  # those of answers that are waited for, and the one that comes next
+
+
+def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes | None:
     kind, number, polynomials, count, scale, secret = REQUEST.unpack(read_exactly(stream, REQUEST.size))
     ring = (*RINGS, *SQUARE_RINGS)[number]
-    if secret not in keys:
-        for old in list(keys):
-            keys.pop(old).close()
-        keys[secret] = Key(ring, secret)
-    key = keys[secret]
+    # All of a request is read before anything can fail: the next one begins behind it.
+    each = {ENCRYPT: 8 * ring.degree, ENCRYPT_REAL: 4 * ring.degree, DECRYPT: 8 * polynomials * ring.words, PREPARE: 0}
+    data = read_exactly(stream, count * each[kind])
+    if kind == PREPARE:
+        with contextlib.suppress(RuntimeError, ValueError):  # told where the key is used, and fails again
+            _key_of(ring, secret, keys)
+        return None
+    key = _key_of(ring, secret, keys)
     if kind == DECRYPT:
-        words = np.frombuffer(read_exactly(stream, 8 * polynomials * ring.words * count), dtype=np.uint64)
+        words = np.frombuffer(data, dtype=np.uint64)
         return key.decrypt(words.reshape(polynomials, count, ring.words), scale).tobytes()
-    dtype = np.dtype(np.float64 if kind == ENCRYPT_REAL else np.complex128)
-    slots = np.frombuffer(read_exactly(stream, dtype.itemsize * ring.degree // 2 * count), dtype=dtype)
+    slots = np.frombuffer(data, dtype=np.float64 if kind == ENCRYPT_REAL else np.complex128)
     seeds, made = key.encrypt(slots.reshape(count, -1), scale)
     return seeds.tobytes() + pack(made, ring).tobytes()
+
+
+def _key_of(ring: Ring, secret: bytes, keys: dict[bytes, Key]) -> Key:
+    if secret not in keys:
+        while len(keys) >= _KEYS:
+            keys.pop(next(iter(keys)))
+        keys[secret] = Key(ring, secret)
+    return keys[secret]
 
 
 def main() -> None:
     """Answers until the parent hangs up."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not stand among the answers
-    keys: dict[bytes, Key] = {}  # of the step at hand, and no other
+    keys: dict[bytes, Key] = {}  # by their secrets, the oldest first
     while True:
         try:
             done, data = True, _answered(requests, keys)
@@ -48,6 +62,8 @@ def main() -> None:
             return
         except Exception as error:  # noqa: BLE001 -- told to the parent, which raises it
             done, data = False, f"{type(error).__name__}: {error}".encode()
+        if data is None:
+            continue
         answers.write(ANSWER.pack(done, len(data)))
         answers.write(data)
         answers.flush()

@@ -16,13 +16,23 @@ from typing import BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 
-from privacy.ckks.pipes import ANSWER, DECRYPT, ENCRYPT, ENCRYPT_REAL, REQUEST, SECRET_BYTES, read_exactly
+from privacy.ckks.pipes import (
+    ANSWER,
+    DECRYPT,
+    ENCRYPT,
+    ENCRYPT_REAL,
+    PREPARE,
+    REQUEST,
+    SECRET_BYTES,
+    read_exactly,
+)
 from wire.ciphertexts import RINGS, SEED_BYTES, SQUARE_RINGS, Ciphertexts, Ring
 from wire.errors import ConfigError, EncryptionError
 
 __all__ = ["MOST_WORKERS", "CipherWorkers", "Encrypted", "StepKey", "require_library"]
 
 MOST_WORKERS: Final = 8  # beyond, a step of some hundred ciphertexts is not worth the processes
+_LEAST_EACH: Final = 12  # ciphertexts, which take longer than making one more key
 _GOODBYE_S: Final = 5.0
 
 
@@ -112,7 +122,7 @@ class CipherWorkers:
         """
         size = SEED_BYTES + self._ring.polynomial_bytes
         kind = ENCRYPT if np.iscomplexobj(slots) else ENCRYPT_REAL
-        pieces = [np.ascontiguousarray(piece) for piece in np.array_split(slots, self._count) if len(piece)]
+        pieces = np.array_split(slots, self._share(len(slots)))
         made = self._everywhere([_Job(kind, 1, len(piece), scale, key, piece.tobytes(), size) for piece in pieces])
         cut = [SEED_BYTES * len(piece) for piece in pieces]
         seeds = b"".join(data[:end] for data, end in zip(made, cut, strict=True))
@@ -128,7 +138,7 @@ class CipherWorkers:
             EncryptionError: as for :meth:`encrypt`.
         """
         polynomials = len(ciphertexts.words)
-        pieces = [piece for piece in np.array_split(ciphertexts.words, self._count, axis=1) if piece.shape[1]]
+        pieces = np.array_split(ciphertexts.words, self._share(ciphertexts.count), axis=1)
         made = self._everywhere(
             [
                 _Job(DECRYPT, polynomials, piece.shape[1], scale, key, piece.tobytes(), 8 * self._ring.degree)
@@ -136,6 +146,21 @@ class CipherWorkers:
             ]
         )
         return np.frombuffer(b"".join(made), dtype=np.complex128).reshape(ciphertexts.count, -1)
+
+    def prepare(self, key: StepKey, ciphertexts: int) -> None:
+        """Has the key made that so many ciphertexts will need next, while this process does something else.
+
+        Raises:
+            EncryptionError: a worker died.
+        """
+        self.start()
+        try:
+            for process in self._processes[: self._share(ciphertexts)]:
+                requests, _ = _pipes(process)
+                requests.write(REQUEST.pack(PREPARE, self._number, 0, 0, 0.0, key.secret))
+                requests.flush()
+        except (OSError, EOFError) as error:
+            raise self._died() from error
 
     def close(self) -> None:
         """Ends them, and waits for it."""
@@ -154,14 +179,24 @@ class CipherWorkers:
         self._processes.clear()
         self._threads.shutdown()
 
+    def _share(self, ciphertexts: int) -> int:
+        """How many workers take part: each makes the key for itself."""
+        return max(1, min(self._count, ciphertexts // _LEAST_EACH))
+
     def _everywhere(self, jobs: list[_Job]) -> list[bytes]:
         self.start()
         try:
+            if len(jobs) == 1:  # nothing to wait for side by side
+                return [self._ask(self._processes[0], jobs[0])]
             return list(self._threads.map(self._ask, self._processes, jobs))
         except (OSError, EOFError) as error:
-            self.close()
-            self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
-            raise EncryptionError("a process that encrypts died: is there memory left? Run again, or resume") from error
+            raise self._died() from error
+
+    def _died(self) -> EncryptionError:
+        """Ends what is left of them, so that the next call starts new ones."""
+        self.close()
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cloister-ckks")
+        return EncryptionError("a process that encrypts died: is there memory left? Run again, or resume")
 
     def _ask(self, process: subprocess.Popen[bytes], job: _Job) -> bytes:
         requests, answers = _pipes(process)
