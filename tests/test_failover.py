@@ -178,6 +178,7 @@ def test_T03_what_a_node_keeps_is_its_owners_alone(b: Fragile, identities: Path,
 
     def vanish(step: int) -> None:
         if step == 9:
+            kept_by(b)
             b.kill()
             raise Stopped
 

@@ -35,17 +35,15 @@ from privacy.mechanisms import (
 from tests.audit_dp import (
     MUTATIONS,
     SAMPLERS,
-    TREATMENTS,
     Mutation,
-    Treatment,
     attack,
     caught,
     main,
     mu_test,
-    nothing_leaves,
     profile_test,
     sampler_fails,
 )
+from tests.audited import TREATMENTS, Treatment, nothing_leaves
 from wire.errors import ConfigError, NonFiniteError
 
 DRAWS = 5000  # of the short attacks; the long form takes 40,000
