@@ -33,6 +33,7 @@ from wire.errors import (
 )
 from wire.identity import Identity
 from wire.recipe import Loss, Optimizer
+from wire.squares import SquareScheme
 from wire.state import chunks, dump_state, gather, load_state, rows_of, sha256
 
 __all__ = [
@@ -132,7 +133,7 @@ class SessionRequest:
     kept: tuple[bytes, int] | None = None
     #: An earlier session on the same node, which ends.
     replaces: bytes = b""
-    scheme: Scheme | None = None
+    scheme: Scheme | SquareScheme | None = None
 
 
 @dataclass(frozen=True, slots=True)

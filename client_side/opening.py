@@ -15,6 +15,7 @@ from wire.ciphertexts import Scheme
 from wire.errors import IdentityError
 from wire.identity import Identity, load_identity
 from wire.recipe import Loss, Optimizer, stream_seed
+from wire.squares import SquareScheme
 from wire.state import ROWS_PREFIX, STATE_PREFIX
 
 __all__ = ["DEFAULT_IDENTITY", "initial_state", "open_session", "owner_identity"]
@@ -54,7 +55,7 @@ def open_session(
     tensors: dict[str, torch.Tensor] | None = None,
     kept: tuple[bytes, int] | None = None,
     replaces: bytes = b"",
-    scheme: Scheme | None = None,
+    scheme: Scheme | SquareScheme | None = None,
 ) -> None:
     """Opens a session for ``cut`` on ``link``.
 

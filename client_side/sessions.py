@@ -18,6 +18,7 @@ from privacy.guard import Guard
 from wire.ciphertexts import Scheme
 from wire.identity import Identity
 from wire.recipe import SGD, Loss, Optimizer
+from wire.squares import SquareScheme
 from wire.state import STATE_PREFIX
 
 __all__ = ["Sessions"]
@@ -63,7 +64,7 @@ class Sessions:
             raise
         return link
 
-    def inference(self, scheme: Scheme) -> Link:
+    def inference(self, scheme: Scheme | SquareScheme) -> Link:
         """A session on the first node that evaluates the middle as it is now under encryption, and never trains.
 
         Raises:

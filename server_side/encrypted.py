@@ -26,6 +26,7 @@ import torch
 from protos import encryption_pb2, program_pb2
 from server_side.expansion import expand
 from server_side.rings import combine, evaluations, multiply, slot_polynomials
+from server_side.squares import apply_square, square_bytes
 from wire.affine import ROWS_AT_ONCE, affine_layers, affine_map, bias_names, check_affine
 from wire.ciphertexts import (
     MAX_CIPHERTEXTS,
@@ -40,10 +41,12 @@ from wire.ciphertexts import (
 )
 from wire.errors import LimitExceededError, MessageRejectedError, SpecRejectedError
 from wire.program import Program
+from wire.squares import SquareMap, SquareScheme, check_square, square_map
 
-__all__ = ["EncryptedLayers", "apply_matrix", "encrypted_bytes"]
+__all__ = ["EncryptedLayers", "EncryptedSquare", "apply_matrix", "encrypted_bytes"]
 
 _COPIES: Final = 6  # of the words, while they are multiplied: as integers, expanded, as limbs
+_SQUARED: Final = 3  # polynomials of a product
 _POLYNOMIALS_AT_ONCE: Final = 64  # products of words and weights: 1 MB of each intermediate at the smallest degree
 
 
@@ -157,6 +160,57 @@ class EncryptedLayers:
         encode_into(into, Ciphertexts(block, None, made), ring)
 
 
+class EncryptedSquare:
+    """A session's linear, square, linear on ciphertexts, in one go; it never trains."""
+
+    def __init__(self, program: Program, scheme: SquareScheme, device: torch.device, max_bytes: int) -> None:
+        """Checks that the program is one.
+
+        Raises:
+            SpecRejectedError: it is not.
+            LimitExceededError: a matrix or its ciphertexts would be larger than the node allows.
+        """
+        self._features, _, outputs = check_square(program)
+        held = 8 * scheme.ring.words * (2 * self._features + _SQUARED * outputs)
+        if held > max_bytes or outputs > MAX_CIPHERTEXTS:
+            raise LimitExceededError(f"ciphertexts of {held} bytes up and down; the limit is {max_bytes}")
+        self._program, self._scheme, self._device, self._max_bytes = program, scheme, device, max_bytes
+        self._map: SquareMap | None = None
+        self._step = -1
+
+    def infer(
+        self,
+        number: int,
+        message: encryption_pb2.Ciphertexts,
+        values: Mapping[str, torch.Tensor],
+        step: int,
+        into: encryption_pb2.Ciphertexts,
+    ) -> list[torch.Tensor]:
+        """The whole middle, biases included; see :meth:`EncryptedLayers.infer`.
+
+        Raises:
+            MessageRejectedError: another layer than 0 is asked for.
+            MessageRejectedError, LimitExceededError: see :func:`wire.ciphertexts.decode`; or weights with which a
+                result could wrap.
+        """
+        if number:
+            raise MessageRejectedError(f"layer {number} of a middle that is evaluated in one go")
+        if self._map is None or step != self._step:
+            self._map, self._step = square_map(self._program, values, self._device), step
+        scheme = self._scheme
+        came = decode(
+            message,
+            scheme.ring,
+            count=self._features,
+            block_rows=scheme.block_rows,
+            seeded=True,
+            max_bytes=self._max_bytes,
+        )
+        made = apply_square(came, self._map, scheme, self._device)
+        encode_into(into, Ciphertexts(scheme.block_rows, None, made), scheme.ring)
+        return []
+
+
 def apply_matrix(
     came: Ciphertexts, matrix_FO: torch.Tensor, scheme: Scheme, device: torch.device, *, spread: bool = False
 ) -> Words:
@@ -222,8 +276,15 @@ def _combine_periods(words_PCN: torch.Tensor, weights_RCf: torch.Tensor, scheme:
     return made.remainder_(ring.modulus).reshape(2, results, ring.degree)
 
 
-def encrypted_bytes(program: Program, scheme: Scheme) -> int:
-    """What evaluating the largest layer once may hold, and the matrices of all of them, for an owner's account."""
+def encrypted_bytes(program: Program, scheme: Scheme | SquareScheme) -> int:
+    """What evaluating the largest layer once may hold, and the matrices of all of them, for an owner's account.
+
+    Raises:
+        SpecRejectedError, LimitExceededError: the program is none that can be evaluated so.
+    """
+    if isinstance(scheme, SquareScheme):
+        features, hidden, outputs = check_square(program)
+        return square_bytes(scheme, features, hidden, outputs) + 8 * hidden * (features + outputs)
     layers = affine_layers(program)
     sizes = [(layer.features, layer.outputs) for layer in layers]
     sizes += [check_affine(program)] if _is_affine(program) else []

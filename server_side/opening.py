@@ -9,12 +9,12 @@ from typing import Final
 
 import torch
 
-from protos import node_pb2
+from protos import encryption_pb2, node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
 from server_side.encrypted import encrypted_bytes
 from server_side.kept import KeptSnapshots
 from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
-from wire.ciphertexts import scheme_from_proto
+from wire.ciphertexts import Scheme, scheme_from_proto
 from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
@@ -24,6 +24,7 @@ from wire.errors import (
 )
 from wire.program import Program, ProgramLimits, decode_program, program_digest
 from wire.recipe import Adam, AdamW, Optimizer, loss_from_proto, optimizer_from_proto
+from wire.squares import SquareScheme, square_from_proto
 from wire.state import gather, load_state, rows_of
 
 __all__ = ["Opening", "plan_of", "read_program", "read_spec", "read_state"]
@@ -103,8 +104,12 @@ def plan_of(spec: node_pb2.SessionSpec, limits: Limits) -> SessionPlan:
         want_input_gradients=spec.want_input_gradients,
         activation_bytes_per_micro_batch=limits.activation_bytes_per_micro_batch,
         tensor_bytes=limits.tensor_bytes,
-        scheme=scheme_from_proto(spec.encryption) if encrypted else None,
+        scheme=_scheme(spec.encryption) if encrypted else None,
     )
+
+
+def _scheme(message: encryption_pb2.Encryption) -> Scheme | SquareScheme:
+    return square_from_proto(message) if message.HasField("square") else scheme_from_proto(message)
 
 
 def read_program(parts: Iterator[node_pb2.OpenSessionRequest], spec: node_pb2.SessionSpec, limits: Limits) -> Program:

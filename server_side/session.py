@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
-from server_side.encrypted import EncryptedLayers
+from server_side.encrypted import EncryptedLayers, EncryptedSquare
 from server_side.rows import KeptRows
 from wire.ciphertexts import Scheme
 from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
@@ -39,6 +39,7 @@ from wire.interpreter import Runner, activation_bytes, check_state
 from wire.optimizers import PartOptimizer
 from wire.program import Graph, Program, State
 from wire.recipe import Loss, Optimizer, stream_seed
+from wire.squares import SquareScheme
 from wire.state import OPTIMIZER_PREFIX, ROWS_PREFIX, STATE_PREFIX, rows_of, split_state
 
 __all__ = ["ANSWERS_BYTES", "Session", "SessionPlan", "run_bytes"]
@@ -76,7 +77,7 @@ class SessionPlan:
     want_input_gradients: bool
     activation_bytes_per_micro_batch: int
     tensor_bytes: int
-    scheme: Scheme | None = None
+    scheme: Scheme | SquareScheme | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,11 @@ class Session:
         self._optimizer.restore(optimizer_state)
         rows = rows_of(tensors)
         self._rows = KeptRows(rows, program, device) if rows else None
-        scheme = plan.scheme
-        self._encrypted = None if scheme is None else EncryptedLayers(program, scheme, device, plan.tensor_bytes)
+        self._encrypted: EncryptedLayers | EncryptedSquare | None = None
+        if isinstance(plan.scheme, SquareScheme):
+            self._encrypted = EncryptedSquare(program, plan.scheme, device, plan.tensor_bytes)
+        elif plan.scheme is not None:
+            self._encrypted = EncryptedLayers(program, plan.scheme, device, plan.tensor_bytes)
         self._step = plan.first_step
         self._pending: dict[int, _Pending] = {}
         self._forwards = self._backwards = 0
@@ -280,9 +284,9 @@ class Session:
         if frame.update and (phase == node_pb2.PHASE_FORWARD or len(self._pending) > 1):
             raise StepOutOfOrderError(f"step {self._step}: an update while other micro-batches wait for their backward")
 
-    def _check_encrypted_order(self, layers: EncryptedLayers, frame: node_pb2.Frame) -> None:
+    def _check_encrypted_order(self, layers: EncryptedLayers | EncryptedSquare, frame: node_pb2.Frame) -> None:
         """One forward, at most one backward, and the parameters' gradients, which update."""
-        if not layers.trains:
+        if isinstance(layers, EncryptedSquare) or not layers.trains:
             raise MessageRejectedError("a middle of more than one layer is evaluated under encryption, and not trained")
         done = (self._forwards, self._backwards)
         follows = {
@@ -299,7 +303,7 @@ class Session:
             )
 
     def _phase(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
-        if self._encrypted is not None:
+        if isinstance(self._encrypted, EncryptedLayers):
             return self._encrypted_phase(self._encrypted, frame)
         if frame.phase == node_pb2.PHASE_FORWARD:
             return self._forward(frame)
@@ -364,7 +368,9 @@ class Session:
         for gradient, parameter in zip(gradients, wanted, strict=True):
             parameter.grad = gradient
 
-    def _infer_encrypted(self, layers: EncryptedLayers, batch: node_pb2.Batch) -> node_pb2.InferResponse:
+    def _infer_encrypted(
+        self, layers: EncryptedLayers | EncryptedSquare, batch: node_pb2.Batch
+    ) -> node_pb2.InferResponse:
         if batch.tensors:
             raise MessageRejectedError("an encrypted session takes no tensors in the clear")
         answer = node_pb2.InferResponse(index=batch.index)
