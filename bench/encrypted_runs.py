@@ -89,7 +89,8 @@ class _Clipped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norms = x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return x * (_CLIP * (1 - 2**-18) / norms).clamp_max(1.0)
+        made: torch.Tensor = x * (_CLIP * (1 - 2**-18) / norms).clamp_max(1.0)
+        return made
 
 
 def network(seed: int) -> nn.Module:

@@ -27,10 +27,10 @@ import torch
 
 from client_side.cutting import Cut
 from client_side.frames import SentCiphertexts
-from client_side.inference import clipped
 from client_side.link import Inferred, Query
+from client_side.pieces import Piece, handed_out, put_together, split_outputs
 from client_side.route import SessionLink
-from client_side.steps import Batch, rows_of
+from client_side.steps import Batch
 from privacy.ckks.layer import (
     PROBES,
     LayerBound,
@@ -139,16 +139,6 @@ class InferenceEvidence:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Some rows of one of the caller's batches."""
-
-    rows: int
-    smashed: Batch = field(repr=False)
-    kept: Batch = field(repr=False)
-    ends_batch: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Request:
     """One layer's rows on their way, and what is needed to read the answer."""
 
@@ -166,7 +156,7 @@ class _Request:
 class _Group:
     """Rows that go through the middle together."""
 
-    pieces: list[_Piece]
+    pieces: list[Piece]
     walk: _Walk
     request: _Request | None = None
     outputs: list[torch.Tensor] | None = None
@@ -180,13 +170,11 @@ class _Flow:
     ready: deque[_Group] = field(default_factory=deque)
     sent: deque[_Group] = field(default_factory=deque)
 
-    def finished(self) -> Iterator[tuple[_Piece, list[torch.Tensor]]]:
+    def finished(self) -> Iterator[tuple[Piece, list[torch.Tensor]]]:
         """The pieces of groups that are through, with their outputs, in order."""
         while self.under_way and self.under_way[0].outputs is not None:
             group = self.under_way.popleft()
-            counts = [piece.rows for piece in group.pieces]
-            parts = zip(*(torch.split(output, counts) for output in group.outputs or ()), strict=True)
-            yield from ((piece, list(made)) for piece, made in zip(group.pieces, parts, strict=True))
+            yield from split_outputs(group.pieces, group.outputs or [])
 
 
 class EncryptedInference:
@@ -261,18 +249,16 @@ class EncryptedInference:
             NonFiniteError: activations that are not finite.
             EncryptionError, WireError, UnreachableError: as in training.
         """
-        flow = _Flow()
-        gathered: list[torch.Tensor] = []
-        for answer in self._link.infer(self._queries(flow, self._groups(batches))):
+        return handed_out(self._cut, self._finished(batches))
+
+    def _finished(self, batches: Iterable[Batch]) -> Iterator[tuple[Piece, list[torch.Tensor]]]:
+        flow, groups = _Flow(), self._groups(batches)
+        for answer in self._link.infer(self._queries(flow, groups)):
             group = flow.sent.popleft()
             self._advance(group, self._results(_asked(group), answer))
             if group.outputs is None:
                 flow.ready.append(group)
-            for piece, made in flow.finished():
-                gathered.append(made[0] if self._cut.head is None else self._cut.head(*made, *piece.kept))
-                if piece.ends_batch:
-                    yield torch.cat(gathered) if len(gathered) > 1 else gathered[0]
-                    gathered = []
+            yield from flow.finished()
 
     def _queries(self, flow: _Flow, groups: Iterator[_Group]) -> Iterator[Query | None]:
         """What is to be asked next; ``None`` where that depends on an answer."""
@@ -292,33 +278,11 @@ class EncryptedInference:
 
     def _groups(self, batches: Iterable[Batch]) -> Iterator[_Group]:
         """The batches' smashed data, as many rows together as a ciphertext holds."""
-        pieces: list[_Piece] = []
-        rows = 0
-        for piece in self._pieces(batches):
-            if rows + piece.rows > self._capacity:
-                yield self._group(pieces, rows)
-                pieces, rows = [], 0
-            pieces.append(piece)
-            rows += piece.rows
-        if pieces:
-            yield self._group(pieces, rows)
-
-    def _group(self, pieces: list[_Piece], rows: int) -> _Group:
-        self._rows = max(self._rows, rows)
-        smashed = [torch.cat(tensors) for tensors in zip(*(piece.smashed for piece in pieces), strict=True)]
-        values = [*(self._state[spec.name] for spec in self._cut.program.state), *smashed]
-        return _Group(pieces, self._runner.walk(values, frozenset(self._numbers)))
-
-    def _pieces(self, batches: Iterable[Batch]) -> Iterator[_Piece]:
-        for inputs in batches:
-            rows = len(inputs[0])
-            count = -(-rows // self._capacity)
-            slices = list(zip(*(torch.split(x, rows_of(rows, count)) for x in inputs), strict=True))
-            for number, part in enumerate(slices):
-                up, kept = self._cut.split_outputs(self._cut.front(*(x.to(self._device) for x in part)))
-                if self._clip is not None:
-                    up = tuple(clipped(tensor, self._clip) for tensor in up)
-                yield _Piece(len(part[0]), up, kept, ends_batch=number == len(slices) - 1)
+        for pieces in put_together(self._cut, batches, capacity=self._capacity, clip=self._clip, device=self._device):
+            self._rows = max(self._rows, sum(piece.rows for piece in pieces))
+            smashed = [torch.cat(tensors) for tensors in zip(*(piece.smashed for piece in pieces), strict=True)]
+            values = [*(self._state[spec.name] for spec in self._cut.program.state), *smashed]
+            yield _Group(pieces, self._runner.walk(values, frozenset(self._numbers)))
 
     def _advance(self, group: _Group, results: torch.Tensor | None) -> None:
         """Computes up to the next layer, or to the end."""

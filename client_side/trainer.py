@@ -7,7 +7,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from client_side.route import Route
 from client_side.sampling import PoissonLoader
 from client_side.sessions import Sessions
 from client_side.snapshots import Snapshot
+from client_side.square_inference import SquareInference, square_inference_scheme
 from client_side.steps import Batch, StepRunner, micro_batches
 from privacy.ckks.settings import EncryptionSettings
 from privacy.ckks.workers import CipherWorkers
@@ -39,13 +40,14 @@ from privacy.dp_sgd import DpGradients
 from privacy.guard import Guard
 from privacy.hijack import HijackDetector
 from privacy.ledger import Ledger
-from privacy.policy import CLEAR, Ckks, CkksInference, DpSgd, GaussianRows, Never, Policy, Rows
+from privacy.policy import CLEAR, Ckks, CkksInference, CkksSquare, DpSgd, GaussianRows, Never, Policy, Rows
 from wire.ciphertexts import Scheme
 from wire.errors import CheckpointError, ConfigError, HijackSuspectedError, TamperingSuspectedError
 from wire.identity import Identity
 from wire.interpreter import Runner
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
+from wire.squares import SquareScheme
 from wire.state import split_state
 
 __all__ = ["Loader", "Trainer"]
@@ -64,7 +66,7 @@ class _Inferring:
     step: int
     link: Link
     workers: CipherWorkers
-    inference: EncryptedInference
+    inference: EncryptedInference | SquareInference
 
 
 class Trainer:
@@ -594,7 +596,7 @@ class Trainer:
         if isinstance(self._guard.policy.inference, Never):
             yield from self._at_home(batches)
             return
-        if isinstance(self._guard.policy.inference, CkksInference):
+        if isinstance(self._guard.policy.inference, CkksInference | CkksSquare):
             yield from self._under_encryption(batches, self._guard.policy.inference)
             return
         link = self._link
@@ -607,7 +609,9 @@ class Trainer:
             link = self._open(len(first[0]))
         yield from infer(self.cut, link, self._guard, batches, max_rows=self._sessions.max_rows, device=self._device)
 
-    def _under_encryption(self, batches: Iterable[Batch], treatment: CkksInference) -> Iterator[torch.Tensor]:
+    def _under_encryption(
+        self, batches: Iterable[Batch], treatment: CkksInference | CkksSquare
+    ) -> Iterator[torch.Tensor]:
         inference = self._encrypted_inference(treatment)
         self._used = inference.used
         try:
@@ -618,12 +622,12 @@ class Trainer:
             kept = inference.evidence.save(self._evidence_folder())
             raise TamperingSuspectedError(f"{error}; what it sent is in {kept}") from error
 
-    def _encrypted_inference(self, treatment: CkksInference) -> EncryptedInference:
+    def _encrypted_inference(self, treatment: CkksInference | CkksSquare) -> EncryptedInference | SquareInference:
         """Over the session at hand, where that is encrypted; or over one of its own, with the middle as it is now."""
         if self._closed:
             raise ConfigError("the trainer was closed; make a new one")
         part, step = self._encrypted, self.state.global_step
-        if part is not None and self._link is not None:
+        if part is not None and self._link is not None and isinstance(treatment, CkksInference):
             if part.scheme.send_weights:
                 self.fetch()
             return self._inference_over(self._link, part.workers, part.scheme, treatment)
@@ -631,28 +635,44 @@ class Trainer:
             return self._inferring.inference
         self._end_inference()
         self.fetch()
+        if isinstance(treatment, CkksSquare):
+            square = square_inference_scheme(self.cut, treatment)
+
+            def in_one_go(link: Link, workers: CipherWorkers) -> SquareInference:
+                return SquareInference(self.cut, link, self._guard, workers, square, device=self._device)
+
+            return self._begin_inference(square, in_one_go)
         scheme = inference_scheme(self.cut, treatment)
+        return self._begin_inference(
+            scheme, lambda link, workers: self._inference_over(link, workers, scheme, treatment)
+        )
+
+    def _begin_inference(
+        self,
+        scheme: Scheme | SquareScheme,
+        over: Callable[[Link, CipherWorkers], EncryptedInference | SquareInference],
+    ) -> EncryptedInference | SquareInference:
         link, workers = self._sessions.inference(scheme), CipherWorkers(scheme.ring)
         try:
-            inference = self._inference_over(link, workers, scheme, treatment)
+            inference = over(link, workers)
         except BaseException:
             link.close()
             workers.close()
             raise
-        self._inferring = _Inferring(step, link, workers, inference)
+        self._inferring = _Inferring(self.state.global_step, link, workers, inference)
         return inference
 
     def _inference_over(
         self, link: Link | Route, workers: CipherWorkers, scheme: Scheme, treatment: CkksInference
     ) -> EncryptedInference:
-        clip, check_rows = self._guard.policy.activations, treatment.check_rows
+        clip = self._guard.policy.activations
         return EncryptedInference(
             self.cut,
             link,
             self._guard,
             workers,
             scheme,
-            check_rows=check_rows,
+            check_rows=treatment.check_rows,
             clip=clip.clip if isinstance(clip, Ckks) else None,
             device=self._device,
         )

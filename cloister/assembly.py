@@ -19,7 +19,7 @@ from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
 from cloister.jobs import Job
 from privacy.ledger import Ledger
-from privacy.policy import Ckks, CkksInference, Never, Policy
+from privacy.policy import Ckks, CkksInference, CkksSquare, Never, Policy
 from wire.errors import CloisterError, ConfigError
 from wire.identity import Identity, load_identity
 
@@ -52,7 +52,7 @@ def owner_of(job: Job) -> Identity:
 def inference_policy(job: Job, *, encrypted: bool) -> Policy:
     """The job's policy; where asked for, with evaluation and prediction under encryption, whatever it says of them."""
     policy = job.privacy.policy()
-    if not encrypted or isinstance(policy.inference, CkksInference):
+    if not encrypted or isinstance(policy.inference, CkksInference | CkksSquare):
         return policy
     return dataclasses.replace(policy, inference=CkksInference())
 

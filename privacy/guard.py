@@ -29,6 +29,7 @@ from privacy.mechanisms import Noise, noisy_rows
 from privacy.policy import (
     Ckks,
     CkksInference,
+    CkksSquare,
     Clear,
     DpSgd,
     GaussianRows,
@@ -438,7 +439,7 @@ class Guard:
 
     def encrypted_inference(self, ciphertexts: Encrypted) -> tuple[Released, Released]:
         """Ciphertexts of records that are evaluated, or predicted: their seeds and their words, uint8."""
-        if not isinstance(self.policy.inference, CkksInference):
+        if not isinstance(self.policy.inference, CkksInference | CkksSquare):
             raise ReleaseRefusedError('privacy: inference = "ckks" lets ciphertexts of evaluated records go')
         return self._sealed("inference", ciphertexts)
 

@@ -24,6 +24,7 @@ __all__ = [
     "Aggregate",
     "Ckks",
     "CkksInference",
+    "CkksSquare",
     "Clear",
     "DpSgd",
     "Frozen",
@@ -190,6 +191,23 @@ class CkksInference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CkksSquare:
+    """As :class:`CkksInference`, of a middle of linear, square, linear: the node evaluates all of it in one go.
+
+    Attributes:
+        row_norm: L2 norm of one record's activation at most; longer ones are refused before they leave.
+        tolerance: by which a result may be off at most; the ring is the smallest that keeps it.
+    """
+
+    row_norm: float
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError where a number makes no sense."""
+        _positive("ckks_square", row_norm=self.row_norm, tolerance=self.tolerance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RandomizedLabels:
     """Labels through k-ary randomized response, once."""
 
@@ -243,7 +261,7 @@ Activations: TypeAlias = Clear | Rows | Aggregate | Moments | Ckks
 Labels: TypeAlias = Clear | Never | Included | RandomizedLabels
 Gradients: TypeAlias = Clear | Included | GaussianRows
 Part: TypeAlias = Clear | Frozen | DpSgd
-Inference: TypeAlias = Clear | Never | CkksInference
+Inference: TypeAlias = Clear | Never | CkksInference | CkksSquare
 #: Treatments that release a table of rows once, from which any number of epochs are trained.
 Table: TypeAlias = Rows | Aggregate | Moments
 
@@ -258,7 +276,7 @@ _NAMES: Final[dict[str, dict[str, type[Any]]]] = {
     "gradients": {"clear": Clear, "included": Included, "gaussian": GaussianRows},
     "front": {"clear": Clear, "frozen": Frozen, "dp_sgd": DpSgd},
     "head": {"clear": Clear, "frozen": Frozen, "dp_sgd": DpSgd},
-    "inference": {"clear": Clear, "never": Never, "ckks": CkksInference},
+    "inference": {"clear": Clear, "never": Never, "ckks": CkksInference, "ckks_square": CkksSquare},
 }
 
 

@@ -38,7 +38,6 @@ from client_side.link import Link
 from client_side.spawn import LocalNode
 from client_side.stub import _strict
 from privacy.ckks.layer import LayerBound
-from privacy.ckks.workers import StepKey
 from privacy.guard import Guard
 from privacy.policy import Ckks
 from protos import encryption_pb2, node_pb2
@@ -404,7 +403,7 @@ class _Owner:
         rows *= CLIP / np.linalg.norm(rows, axis=1, keepdims=True)
         self.told.change = change or node_pb2.TrainResponse.SerializeToString
         try:
-            made, _ = self._runner._product(0, FORWARD, StepKey(), rows, OUTPUTS)
+            made, _ = self._runner._product(0, FORWARD, rows, OUTPUTS)
         except DOCUMENTED as error:
             return type(error).__name__
         return "right" if np.abs(made - rows @ self._matrix).max() <= self._bound else "accepted, and wrong"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_part_of_an_epoch_is_scaled_up_to_all_of_it() -> None:
 
 
 def test_the_chapter_compares_what_was_measured_with_what_was_wanted() -> None:
-    found = {f.claim: (f.measured, f.met) for f in encryption.chapter(MEASURED).findings}
+    found: dict[str, Any] = {f.claim: (f.measured, f.met) for f in encryption.chapter(MEASURED).findings}
 
     (wall,) = [v for claim, v in found.items() if claim.endswith("batch 2048, W to the owner, wall")]
     assert wall == (2.0, True)

@@ -289,7 +289,7 @@ def test_batches_are_secret_samples_of_the_loaders_size_wherever_noise_is_counte
 
 def test_a_loader_whose_batches_are_not_plain_is_not_replaced_by_samples() -> None:
     data = TensorDataset(torch.zeros(100, 2))
-    weighted = DataLoader(data, 50, sampler=WeightedRandomSampler(torch.ones(100), 100))
+    weighted = DataLoader(data, 50, sampler=WeightedRandomSampler([1.0] * 100, 100))
     collated = DataLoader(data, 50, collate_fn=lambda rows: rows)
 
     for odd in (weighted, collated, [(torch.zeros(1), torch.zeros(1))]):
