@@ -367,6 +367,7 @@ class EncryptedInference:
             lambda rows: layer.apply(torch.from_numpy(rows), weight).numpy(),
             bound=bound,
             row_norm=scheme.row_norm,
+            pairs=0 if request.block == scheme.ring.degree else request.block // 2,
         )
 
     def _bias(self, layer: AffineLayer, answer: Inferred) -> torch.Tensor | None:

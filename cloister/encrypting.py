@@ -134,7 +134,7 @@ def _library(ring: Ring) -> tuple[float, float]:
     from privacy.ckks.seal import Key  # noqa: PLC0415 -- the library may not be there
 
     key = Key(ring, os.urandom(SEED_BYTES))
-    slots = np.random.default_rng(0).normal(size=(_MEASURED, ring.degree // 2)) + 0j
+    slots = np.random.default_rng(0).normal(size=(_MEASURED, ring.degree // 2)).astype(np.complex128)
     words = np.random.default_rng(0).integers(0, ring.modulus, (2, _MEASURED, ring.degree), dtype=np.uint64)
     return (
         _timed(lambda: key.encrypt(slots, 2.0**20)) / _MEASURED,

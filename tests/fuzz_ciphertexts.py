@@ -15,7 +15,6 @@ apart: noticed with probability 1 - (1 - 1/B)^32 in each step, B the batch's row
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 import time
@@ -41,11 +40,22 @@ from privacy.ckks.layer import LayerBound
 from privacy.guard import Guard
 from privacy.policy import Ckks
 from protos import encryption_pb2, node_pb2
-from server_side.encrypted import EncryptedLayer, apply_matrix
+from server_side.encrypted import EncryptedLayers, apply_matrix
 from server_side.rings import evaluations, slot_polynomials
 from tests.wire_client import Job, WireClient
 from wire.affine import affine_map
-from wire.ciphertexts import RINGS, SEED_BYTES, Ciphertexts, Scheme, decode, encode_into, pack, unpack
+from wire.ciphertexts import (
+    RINGS,
+    SEED_BYTES,
+    Ciphertexts,
+    Scheme,
+    decode,
+    encode_into,
+    pack,
+    packed_counts,
+    spreads,
+    unpack,
+)
 from wire.codec import encode
 from wire.codec import encode_into as encode_tensor
 from wire.errors import (
@@ -344,7 +354,7 @@ def _kinds(*more: str) -> list[str]:
 class _Told:
     """A stream whose other end answers as a node does, but for what ``change`` makes of its bytes."""
 
-    def __init__(self, layer: EncryptedLayer, values: dict[str, torch.Tensor]) -> None:
+    def __init__(self, layer: EncryptedLayers, values: dict[str, torch.Tensor]) -> None:
         self._layer, self._values = layer, values
         self._read = _strict(node_pb2.TrainResponse)
         self._frame: SentFrame | None = None
@@ -374,7 +384,7 @@ class _Owner:
         cut, treatment = _cut(), Ckks(clip=CLIP, send_weights=send_weights)
         self.part = EncryptedPart(cut, treatment, workers=1)
         self._matrix = affine_map(cut.program, cut.middle_state(), CPU)[0].numpy()
-        layer = EncryptedLayer(cut.program, self.part.scheme, CPU, 2**28)
+        layer = EncryptedLayers(cut.program, self.part.scheme, CPU, 2**28)
         self.told = _Told(layer, cut.middle_state())
         link = Link.__new__(Link)
         link._train, link._up, link._down = self.told, 0, 0  # type: ignore[assignment]  # a stream for this
@@ -477,9 +487,11 @@ class _Client:
         self._client.close(self.session)
         self._client.channel.close()
 
-    def honest(self, rng: np.random.Generator, features: int = FEATURES) -> Message:
+    def honest(self, rng: np.random.Generator, phase: node_pb2.Phase.ValueType = FORWARD) -> Message:
         """Ciphertexts as an owner makes them; none that means anything is needed."""
-        count = math.ceil(features / (RING.degree // CAPACITY))
+        each, back = RING.degree // CAPACITY, phase == BACKWARD
+        features, outputs = (OUTPUTS, FEATURES) if back else (FEATURES, OUTPUTS)
+        count, _ = packed_counts(features, outputs, each, spread=back and spreads(features, outputs, each))
         words = rng.integers(0, RING.modulus, (1, count, RING.degree), dtype=np.uint64)
         seeds = rng.integers(0, 256, (count, SEED_BYTES), dtype=np.uint8)
         made = Message()
@@ -537,7 +549,7 @@ def fuzz_node(cases: int, node: LocalNode, seed: int = 0) -> Tally:
             client.forwarded = True
         elif phase == FORWARD and client.forwarded:
             client.finish()
-        message = client.honest(rng, OUTPUTS if phase == BACKWARD else FEATURES)
+        message = client.honest(rng, phase)
         fodder = Fodder(rng, earlier, seeded=True)
         data = _changed_request(client, message, method, phase, fodder, kind=kind)
         end, _ = client.ask(method, data)

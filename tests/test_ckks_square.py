@@ -547,8 +547,8 @@ def test_T17_answers_of_another_size_or_with_foreign_words_are_refused(workers: 
             with pytest.raises(MessageRejectedError, match="not below the modulus"):
                 exchange.decode(_message(exchange, foreign))
     most = answer.copy()
-    for part, place in SMALL.parts():
-        most[..., place] = part.modulus - 1
+    for part, words in SMALL.parts():
+        most[..., words] = part.modulus - 1
     exchange.decode(_message(exchange, most))
     with pytest.raises(LimitExceededError):
         decode(

@@ -555,7 +555,7 @@ def test_weights_with_which_a_result_could_wrap_are_refused_on_both_sides(
 ) -> None:
     model = net()
     with torch.no_grad():
-        model.mid.weight.mul_(1e5)
+        next(model.mid.parameters()).mul_(1e5)
     with training(node, ledger, model) as trainer, pytest.raises(ConfigError, match="could make ciphertexts wrap"):
         trainer.predict(records(4))
 

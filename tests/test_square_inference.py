@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import cloister
 from client_side import square_inference, stream
+from client_side.link import Query
 from client_side.square_inference import square_inference_scheme
 from cloister.main import app
+from privacy.ckks.square import SquareBatch, rows_at_once
 from privacy.policy import CkksSquare, Clear, Policy
 from protos import encryption_pb2, node_pb2
 from wire.errors import (
@@ -175,7 +177,7 @@ def test_batches_of_any_size_go_up_once_and_come_back_in_order_within_the_tolera
     scheme = square_inference_scheme(
         cloister.cut(model, front="front", head="head", example=torch.randn(4, FEATURES)), SQUARE
     )
-    at_once = square_inference.rows_at_once(scheme.ring)
+    at_once = rows_at_once(scheme.ring)
     assert -(-sum(sizes) // at_once) <= len(queries) <= len(sizes) + sum(sizes) // at_once
     assert used is not None
     assert (used.degree, used.layers) == (scheme.ring.degree, 2)
@@ -293,7 +295,7 @@ def test_T17_without_the_checks_another_answer_would_pass(
     def unchecked(own: Any, made: Any, *_: Any) -> Any:
         return np.ascontiguousarray(made.real.T)[own._places[: len(own._rows_BF)]]
 
-    monkeypatch.setattr(square_inference.SquareBatch, "results", unchecked)
+    monkeypatch.setattr(SquareBatch, "results", unchecked)
 
     with predicting(node, Net(), tmp_path) as trainer:
         made = list(trainer.predictions([(part,) for part in torch.split(records(4000), 2000)]))
@@ -340,12 +342,11 @@ def test_a_node_refuses_weights_with_which_results_could_wrap_and_layers_that_ar
     scheme = square_inference_scheme(cut, SQUARE)
     with monkeypatch.context() as patched, torch.no_grad():
         patched.setattr("client_side.trainer.square_inference_scheme", lambda *_: scheme)
-        model.mid[0].weight.mul_(2.0)  # type: ignore[index, union-attr]  # a Sequential
+        model.mid[0].weight.mul_(2.0)  # type: ignore[index]  # a Sequential
         with predicting(node, model, tmp_path) as trainer, pytest.raises(LimitExceededError, match="wrap"):
             trainer.predict(records(4))
 
-    query = square_inference.Query
-    monkeypatch.setattr(square_inference, "Query", lambda **given: query(**given | {"layer": 1}))
+    monkeypatch.setattr(square_inference, "Query", lambda **given: Query(**given | {"layer": 1}))
     with predicting(node, Net(), tmp_path) as trainer, pytest.raises(MessageRejectedError, match="in one go"):
         trainer.predict(records(4))
 

@@ -154,11 +154,13 @@ def check_combinations(
     *,
     bound: LayerBound,
     row_norm: float,
+    pairs: int = 0,
 ) -> None:
     """Computes secret combinations of all rows in the clear, and compares (Freivalds 1977): no row goes unseen.
 
     The combinations' coefficients have an L2 norm of 1. Noise is uncorrelated between slots, so that a combination's is
-    as large as a row's; the rounding of the weights is the same for all rows, and grows with the combination's length.
+    as large as a row's; the rounding of the weights is the same for all rows, and grows with the combination's length,
+    or that of the same combination of the rows beside them in their slots.
 
     Args:
         results_RO: what came back.
@@ -166,13 +168,20 @@ def check_combinations(
         product: of rows and the layer's weights, in the clear.
         bound: of one result.
         row_norm: of the rows, for which ``bound`` holds.
+        pairs: slots of a feature where features share ciphertexts: row r is beside row r + pairs. Otherwise 0.
 
     Raises:
         TamperingSuspectedError: they differ by more than both errors explain.
     """
     signs_PR = probes(len(rows_RF)) * math.sqrt(len(rows_RF))
     combined_PF = signs_PR @ rows_RF
-    lengths_P1 = np.maximum(np.linalg.norm(combined_PF, axis=1, keepdims=True) / row_norm, 1.0)
+    lengths_P1 = np.linalg.norm(combined_PF, axis=1, keepdims=True)
+    if pairs:
+        beside_RF = np.zeros((2 * pairs, rows_RF.shape[1]))
+        beside_RF[: len(rows_RF)] = rows_RF
+        beside_RF = np.roll(beside_RF, pairs, axis=0)[: len(rows_RF)]
+        lengths_P1 = np.maximum(lengths_P1, np.linalg.norm(signs_PR @ beside_RF, axis=1, keepdims=True))
+    lengths_P1 = np.maximum(lengths_P1 / row_norm, 1.0)
     differing = np.abs(signs_PR @ results_RO[: len(rows_RF)] - product(combined_PF))
     if (differing > bound.noise + bound.rounding * lengths_P1).any():
         raise TamperingSuspectedError("the node returned other products than those of its own weights for some rows")

@@ -233,8 +233,9 @@ class SquareBatch:
             raise TamperingSuspectedError("the node returned ciphertexts of numbers larger than any it was asked for")
         if np.abs(decrypted_OS.imag).max() > within:
             raise TamperingSuspectedError("the node returned ciphertexts of numbers that are not real")
-        numbers_SO = np.ascontiguousarray(decrypted_OS.real.T)
-        empty, made = numbers_SO[self._empty], numbers_SO[self._places]
+        numbers_SO: _Array = np.ascontiguousarray(decrypted_OS.real.T)
+        empty: _Array = numbers_SO[self._empty]
+        made: _Array = numbers_SO[self._places]
         if np.abs(empty - empty[0]).max() > 2 * within:
             raise TamperingSuspectedError("the node returned ciphertexts that differ where nothing was sent")
         rows, origin = len(self._rows_BF), empty.mean(axis=0)

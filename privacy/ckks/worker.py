@@ -37,8 +37,8 @@ def _answered(stream: BinaryIO, keys: dict[bytes, Key]) -> bytes | None:
     if kind == DECRYPT:
         words = np.frombuffer(data, dtype=np.uint64)
         return key.decrypt(words.reshape(polynomials, count, ring.words), scale).tobytes()
-    slots = np.frombuffer(data, dtype=np.float64 if kind == ENCRYPT_REAL else np.complex128)
-    seeds, made = key.encrypt(slots.reshape(count, -1), scale)
+    values = np.frombuffer(data, dtype=np.float64).reshape(count, -1)
+    seeds, made = key.encrypt(values if kind == ENCRYPT_REAL else values.view(np.complex128), scale)
     return seeds.tobytes() + pack(made, ring).tobytes()
 
 
