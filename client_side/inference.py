@@ -35,7 +35,8 @@ def clipped(smashed: torch.Tensor, clip: float) -> torch.Tensor:
     """Each row scaled down to that L2 norm, where it is longer: as a model was trained whose policy clips."""
     flat = smashed.flatten(1)
     norms = flat.norm(dim=1, keepdim=True).clamp_min(_LEAST_NORM)
-    return (flat * (clip / norms * (1 - 2**-20)).clamp_max(1.0)).reshape(smashed.shape)
+    made: torch.Tensor = flat * (clip / norms * (1 - 2**-20)).clamp_max(1.0)
+    return made.reshape(smashed.shape)
 
 
 @contextmanager

@@ -392,7 +392,7 @@ class _Owner:
         self._runner = EncryptedRunner(
             self.part,
             cut,
-            link,  # type: ignore[arg-type]  # all that a runner asks of it
+            link,
             Guard(cloister.Policy(activations=treatment), cloister.Ledger),
             loss=cloister.Loss("cross_entropy"),
             optimizers=[],

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import cloister
 from client_side import encrypted, stream
 from client_side.encrypted import EncryptedRunner
+from client_side.frames import encode_frame
 from privacy import dp_sgd
 from privacy.ckks.layer import unpack_rows
 from privacy.ckks.seal import Key
@@ -137,10 +138,10 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> Secrets:
 def _hear_steps(found: Secrets, monkeypatch: pytest.MonkeyPatch) -> None:
     product, head, run, made = EncryptedRunner._product, EncryptedRunner._head, EncryptedRunner.run, StepKey.__init__
 
-    def products(own: Any, step: int, phase: Any, key: Any, rows: Any, *more: Any, **options: Any) -> Any:
+    def products(own: Any, step: int, phase: Any, rows: Any, *more: Any, **options: Any) -> Any:
         if phase == FORWARD:
             found.activations.append(np.array(rows))
-        results, told = product(own, step, phase, key, rows, *more, **options)
+        results, told = product(own, step, phase, rows, *more, **options)
         found.keep("activations" if phase == FORWARD else "output gradients", rows)
         found.keep("outputs without bias" if phase == FORWARD else "input gradients", results)
         return results, told
@@ -259,7 +260,11 @@ def audit(wire: Wire, secrets: Secrets) -> list[str]:
 def frames_of(wire: Wire) -> list[node_pb2.Frame]:
     """All that went up."""
     requests = [message for way, name, message in wire.messages if (way, name) == ("up", "Train")]
-    return [request.frame for request in requests if isinstance(request, node_pb2.TrainRequest) and request.step_free]
+    return [
+        request.frame
+        for request in requests
+        if isinstance(request, node_pb2.TrainRequest) and request.HasField("frame")
+    ]
 
 
 def _places(wire: Wire) -> Iterator[str]:
@@ -298,7 +303,7 @@ def _forms(values: Any) -> Iterator[tuple[str, Any]]:
         return
     yield "float64", flat.view(np.uint64)
     single = flat.astype(np.float32)
-    forms = {"float32": single, "float16": flat.astype(np.float16)}
+    forms: dict[str, Any] = {"float32": single, "float16": flat.astype(np.float16)}
     forms["bfloat16"] = torch.from_numpy(single).to(torch.bfloat16).view(torch.int16).numpy()
     for name, narrow in forms.items():
         windows = np.lib.stride_tricks.sliding_window_view(narrow, 8 // narrow.itemsize)
@@ -373,9 +378,7 @@ def test_T10_every_byte_of_an_encrypted_run_is_ciphertext_weights_noised_updates
     wire = trained(send_weights=send_weights)
 
     assert audit(wire, secrets) == []
-    frames = [
-        m.frame for way, _, m in wire.messages if way == "up" and getattr(m, "frame", None) and m.HasField("frame")
-    ]
+    frames = frames_of(wire)
     phases = [FORWARD, UPDATE] if send_weights else [FORWARD, BACKWARD, UPDATE]
     assert [frame.phase for frame in frames] == phases * STEPS
     assert len({len(f.ciphertexts.words) for f in frames if f.phase == FORWARD}) == 1  # whatever the batch's size
@@ -388,7 +391,7 @@ def test_T10_every_byte_of_an_encrypted_run_is_ciphertext_weights_noised_updates
     assert ciphertexts > 0.7 * wire.total
     assert framing < 0.02 * wire.total
     assert {len(secrets.activations), len(secrets.labels)} == {STEPS}  # the hooks heard every step
-    assert len(set(secrets.keys)) == len(secrets.keys) == STEPS * (1 if send_weights else 3)
+    assert len(set(secrets.keys)) == len(secrets.keys) == 1 + STEPS * (1 if send_weights else 2)
 
 
 # --- Leaks, each of which the audit must find -------------------------------------------------------------------------
@@ -396,7 +399,7 @@ def test_T10_every_byte_of_an_encrypted_run_is_ciphertext_weights_noised_updates
 
 def _with_tensors(monkeypatch: pytest.MonkeyPatch, phase: int, tensors: Callable[[], list[Any]], **more: Any) -> None:
     """Frames of ``phase`` carry something beside what they should."""
-    encode = encrypted.encode_frame
+    encode = encode_frame
 
     def leaky(**fields: Any) -> Any:
         if fields["phase"] == phase:
