@@ -18,6 +18,7 @@ from privacy.ckks import layer, worker
 from privacy.ckks.layer import (
     LayerBound,
     block_rows_for,
+    check_combinations,
     check_probes,
     check_products,
     check_results,
@@ -291,6 +292,20 @@ def test_T17_probes_find_out_what_is_no_linear_map_of_all_rows() -> None:
             check_probes(forged, drawn, tolerance=1e-6)
     assert np.abs(drawn).sum(axis=1).max() <= 1 + 1e-9  # so no probe is longer than the longest row
     assert len(drawn) == layer.PROBES
+
+
+def test_what_rounding_makes_of_the_rows_beside_is_no_suspicion_in_a_combination() -> None:
+    rows, bound = np.zeros((64, 1)), LayerBound(noise=0.0, rounding=1e-3)
+    rows[:32] = NORM
+    errors = np.roll(rows, 32, axis=0) / NORM * bound.rounding * 0.999  # as large as they may be, and of other rows
+
+    def check(pairs: int) -> None:
+        for _ in range(20):  # what is combined is drawn anew each time
+            check_combinations(errors, rows, np.zeros_like, bound=bound, row_norm=NORM, pairs=pairs)
+
+    check(pairs=32)
+    with pytest.raises(TamperingSuspectedError):
+        check(pairs=0)
 
 
 def fuzzed(exchange: Exchange, cases: int, seed: int) -> dict[str, int]:
