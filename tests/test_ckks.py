@@ -31,8 +31,9 @@ from privacy.ckks.seal import Key
 from privacy.ckks.workers import CipherWorkers, StepKey
 from protos import encryption_pb2
 from server_side.encrypted import apply_matrix
+from server_side.rings import evaluations, slot_polynomials
 from wire.ciphertexts import RINGS, Ciphertexts, Scheme, decode, encode_into, unpack
-from wire.errors import ConfigError, EncryptionError, TamperingSuspectedError, WireError
+from wire.errors import ConfigError, EncryptionError, MessageRejectedError, TamperingSuspectedError, WireError
 
 RING = RINGS[0]
 FEATURES, OUTPUTS, NORM = 24, 3, 8.0
@@ -59,8 +60,16 @@ def weights(seed: int = 0) -> torch.Tensor:
 class Exchange:
     """One step's rows through a node, whose answer may be changed before it is decrypted."""
 
-    def __init__(self, workers: CipherWorkers, count: int = 100, *, block: int | None = None) -> None:
-        self.workers, self.key, self.rows, self.matrix = workers, StepKey(), rows_of(count), weights()
+    def __init__(
+        self,
+        workers: CipherWorkers,
+        count: int = 100,
+        *,
+        block: int | None = None,
+        key: StepKey | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.workers, self.key, self.rows, self.matrix = workers, key or StepKey(), rows_of(count, seed), weights()
         self.block = block or RING.degree
         slots = pack_rows(self.rows, self.block, RING.degree)
         made = workers.encrypt(self.key, slots, 2.0**SCHEME.value_bits)
@@ -258,6 +267,26 @@ def test_T17_swapped_replayed_and_rescaled_answers_are_found_out(workers: Cipher
 
     for forged in (swapped, doubled, shifted, earlier.answer, zero):
         with pytest.raises(TamperingSuspectedError):
+            exchange.checked(forged)
+
+
+def test_T17_T18_without_the_checks_each_attack_gets_what_it_wants(workers: CipherWorkers) -> None:
+    exchange = Exchange(workers)
+    earlier = Exchange(workers, key=exchange.key, seed=1)  # as if a key were of more than one step
+    honest, before = exchange.results()[:100], earlier.results()[:100]
+    chosen = torch.linspace(-1.0, 1.0, 1024, dtype=torch.float64)
+    made = evaluations(slot_polynomials(chosen, SCHEME.result_scale).remainder(RING.modulus), RING)
+    transparent = np.zeros_like(exchange.answer)
+    transparent[0] = made.numpy().view(np.uint64)
+
+    for forged, wanted in (
+        (exchange.answer[:, [1, 0, 2]], honest[:, [1, 0, 2]]),
+        (exchange.answer * np.uint64(2) % np.uint64(RING.modulus), 2 * honest),
+        (earlier.answer, before),
+        (transparent, chosen[:100, None].numpy()),
+    ):
+        assert np.allclose(exchange.results(forged)[:100], wanted, atol=1e-3)
+        with pytest.raises((TamperingSuspectedError, MessageRejectedError)):
             exchange.checked(forged)
 
 
