@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from cloister.jobs import Job
 from privacy.claims import Claim
+from privacy.policy import labels_told
 
 __all__ = ["model_card"]
 
@@ -33,7 +34,8 @@ def _head() -> Iterator[str]:
 
 
 def _about(job: Job, result: Mapping[str, object]) -> Iterator[str]:
-    topology = "vanilla: labels and loss on the node" if job.cut.head is None else f"U-shaped, head from {job.cut.head}"
+    vanilla = f"vanilla: the loss is computed on the node; {labels_told(job.privacy.policy())}"
+    topology = vanilla if job.cut.head is None else f"U-shaped, head from {job.cut.head}; labels stay with the owner"
     yield from ("## Model", "")
     yield from _table(
         {
@@ -58,6 +60,7 @@ def _data(job: Job, result: Mapping[str, object]) -> Iterator[str]:
         {
             "data": f"`{job.data.train}`",
             "name in the privacy ledger": f"`{result['data_set']}`" if result["data_set"] else "none",
+            "privacy ledger": f"`{result['ledger']}`" if result["ledger"] else "none",
             "unit of privacy": job.privacy.unit,
         }
     )

@@ -195,7 +195,34 @@ def test_a_plan_refuses_what_training_would_refuse() -> None:
     assert "labels from 0 to 1" in said["said"]
 
 
+@pytest.mark.parametrize("command", [("status",), ("history", "sixty")])
+def test_T11_a_ledger_that_is_not_there_is_no_clearance(command: tuple[str, ...], folder: Path) -> None:
+    found = ran(*command, "--ledger", "sqlite:///elsewhere.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert "there is no privacy ledger sqlite:///elsewhere.sqlite" in found.output
+    assert not (folder / "elsewhere.sqlite").exists()
+
+
+def test_T11_a_plan_names_its_ledger_and_begins_none(folder: Path) -> None:
+    code, found = planned('activations = "moments"\nepsilon = 1.0')
+
+    assert code == 0
+    assert found["ledger"] == "sqlite:///ledger.sqlite"
+    assert not (folder / "ledger.sqlite").exists()
+
+
+def test_a_plan_says_where_the_noise_drowns_what_is_to_be_learnt() -> None:
+    planned('activations = "moments"\nepsilon = 1.0')
+    drowned = ran("plan", "job.toml", "--set", "privacy.epsilon=0.001")
+    clear = ran("plan", "job.toml", "--set", "privacy.epsilon=8.0")
+
+    assert "expect a model that guesses" in drowned.output
+    assert "expect a model that guesses" not in clear.output
+
+
 def test_a_status_of_nobody_is_no_clearance() -> None:
+    Ledger("sqlite:///ledger.sqlite").close()
     found = ran("status", "--data-set", "typo", "--ledger", "sqlite:///ledger.sqlite")
 
     assert found.exit_code == ExitCode.CONFIG
@@ -265,6 +292,7 @@ def test_history_tells_each_release_and_draws_what_it_came_to(folder: Path) -> N
 
 
 def test_an_unknown_data_set_is_told_and_where_to_look() -> None:
+    Ledger("sqlite:///ledger.sqlite").close()
     found = ran("history", "nobody", "--ledger", "sqlite:///ledger.sqlite")
 
     assert found.exit_code == ExitCode.CONFIG

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -20,7 +20,7 @@ from cloister.output import Format, FormatOption, print_record, print_rows, prog
 from privacy.accounting import Event, Gaussian, Relation, SampledGaussian, epsilon_of
 from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
-from privacy.ledger import Budget, Entry, Ledger, Release
+from privacy.ledger import Budget, Entry, Ledger, Release, default_url
 from privacy.policy import Aggregate, Moments, Policy, holes
 from privacy.tables import check_labels, check_records, label_releases, plan_table
 from wire.errors import ConfigError
@@ -28,6 +28,8 @@ from wire.errors import ConfigError
 __all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+_DROWNED: Final = 0.01  # of signal to noise: ten classes are then guessed little better than by chance
 
 LedgerOption = Annotated[
     str | None,
@@ -114,6 +116,7 @@ class _Summary:
         spent_after: with this job.
         budget: ε that may be spent.
         fits: whether the job stays within it.
+        ledger: in which all that is written down.
     """
 
     data_set: str
@@ -126,6 +129,7 @@ class _Summary:
     spent_after: float | str
     budget: float | str
     fits: bool
+    ledger: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +156,7 @@ def status(
 
     Example: [bold]cloister privacy status --epsilon 4[/]
     """
-    book = Ledger(ledger)
+    book = _opened(ledger)
     names = book.data_sets()
     if data_set is not None:
         if data_set not in names:
@@ -182,7 +186,7 @@ def history(
 
     Example: [bold]cloister privacy history cohort-2024 --plot spent.png[/]
     """
-    book = Ledger(ledger)
+    book = _opened(ledger)
     book.verify()
     entries = book.entries(data_set)
     if not entries:
@@ -225,6 +229,22 @@ def _print(found: Plan) -> None:
         print_rows(found.releases, fmt)
     for hole in found.holes:
         typer.echo(f"no finite ε: {hole}")
+    signals = [line.signal_to_noise for line in found.releases if line.signal_to_noise is not None]
+    if signals and min(signals) < _DROWNED:
+        typer.echo(
+            f"The signal is {min(signals):g} of the noise: expect a model that guesses. A larger ε helps, a front with "
+            "fewer outputs, or a treatment that noises sums over many records (moments, aggregate)."
+        )
+
+
+def _opened(url: str | None) -> Ledger:
+    """The ledger that is there: looking must not begin one, which would say that nothing was released."""
+    if (book := Ledger.existing(url)) is None:
+        raise ConfigError(
+            f"there is no privacy ledger {url or default_url()}: nothing was released through it. Training begins it; "
+            "another one is named by --ledger, or CLOISTER_LEDGER"
+        )
+    return book
 
 
 def _unknown(book: Ledger, data_set: str) -> ConfigError:
@@ -249,7 +269,10 @@ def planned(job: Job) -> Plan:
         raise ConfigError(f'privacy: unit = "{policy.unit}"; say whose each record is (units = "my_data:patients")')
     units = records if whose is None else len(set(whose.tolist()))
     width = sum(math.prod(spec.shape) for spec in made.program.inputs)
-    before = [entry.event for entry in Ledger(job.privacy.ledger).entries(name)]
+    book = Ledger.existing(job.privacy.ledger)
+    if book is not None:
+        book.check_name(name, data_set_of(loader, read=False))
+    before = [] if book is None else [entry.event for entry in book.entries(name)]
     gaps = holes(
         policy,
         vanilla=made.head is None,
@@ -275,6 +298,7 @@ def planned(job: Job) -> Plan:
         fits=after <= policy.epsilon * (1 + 1e-9),
         releases=[_plan_line(release, policy, units, width) for release in releases],
         holes=gaps,
+        ledger=(job.privacy.ledger or default_url()) if book is None else book.name,
     )
 
 

@@ -27,6 +27,7 @@ from cloister.progress import ProgressDisplay
 from cloister.runs import CARD_FILE, JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
 from cloister.weights import save_weights
 from privacy.claims import Claim
+from privacy.policy import Policy, labels_told
 from wire.errors import CloisterError, ConfigError
 
 __all__ = ["TrainResult", "app", "train_job"]
@@ -55,6 +56,7 @@ class TrainResult:
         epsilon: spent on the data set by all runs so far, this one included; nothing where none may be claimed.
         delta: that goes with it.
         data_set: what the training data is called in the privacy ledger.
+        ledger: where that ledger is.
         claim: what may be said of the data set's privacy.
         card: the model's card: what it is, what was spent on it and what that rests on.
         interrupted: whether it was stopped before its end.
@@ -76,6 +78,7 @@ class TrainResult:
     epsilon: float | None
     delta: float | None
     data_set: str | None
+    ledger: str | None
     claim: str | None
     card: Path
     interrupted: bool
@@ -170,7 +173,7 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
     display.say(greet_node(job, owner))
     model = make_model(job)
     made = cut_model(job, model, first_inputs(job, "train"))
-    display.say(_shares(made))
+    display.say(_shares(made, job.privacy.policy()))
     loader = make_loader(job, "train")
     with Interruption(display) as interruption:
         callbacks = [folder, interruption, display]
@@ -201,6 +204,7 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             epsilon=None if claim is None else _finite(claim.spent.epsilon),
             delta=None if claim is None else claim.spent.delta,
             data_set=trainer.guard.data_set,
+            ledger=trainer.guard.ledger,
             claim=None if claim is None else claim.sentence,
             card=folder.path / CARD_FILE,
             interrupted=interrupted,
@@ -223,10 +227,10 @@ def _finite(number: float) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-def _shares(made: Cut) -> str:
+def _shares(made: Cut, policy: Policy) -> str:
     """Who holds how much of the model."""
     own = sum(p.numel() for p in made.owner_parameters())
     given = sum(p.numel() for p in made.middle.parameters())
     share = given / (own + given) if own + given else 0.0
-    shape = "vanilla: labels go to the node" if made.head is None else "U-shaped: labels stay here"
+    shape = f"vanilla: {labels_told(policy)}" if made.head is None else "U-shaped: labels stay here"
     return f"model {own + given:,} parameters, {share:.0%} of them on the node ({shape})".replace("%", " %")

@@ -30,7 +30,7 @@ _HIDDEN: Final = (
 )
 _STEERED: Final = (
     "This front trains. Whatever noise is added to its activations, each record also moves its weights, and a node "
-    "that sends gradients of its own choice can steer it: pre-train it on public data and freeze it, or encrypt."
+    "that sends gradients of its own choice can steer it: pre-train it on public data and freeze it."
 )
 _FIXED: Final = (
     "This front is fixed, so that `moments` or `aggregate` can release noised sums over many records with an "
@@ -129,7 +129,7 @@ def _treatment(best: CutLeakage) -> tuple[str, tuple[str, ...]]:
         return ("freeze the front; then " if best.front_trains else "") + named, (_HIDDEN, *steered)
     noised = () if rows is None else ("With the noise that was given, an attack still reconstructs: it is too little.",)
     if best.front_trains:
-        return "freeze the front and use moments; or ckks with dp_sgd", (*noised, _CLEAR, *steered)
+        return "freeze the front and use moments", (*noised, _CLEAR, *steered)
     return "moments or aggregate", (*noised, _CLEAR, _FIXED)
 
 
@@ -146,7 +146,7 @@ def _labels(best: CutLeakage) -> tuple[str, ...]:
     return (
         (
             f"{told}: the U-shape alone does not hide labels. Treat the gradients too (`gaussian`), or keep loss and "
-            "head behind `moments`, `aggregate` or `ckks`."
+            "head behind `moments` or `aggregate`."
         ),
     )
 
