@@ -48,6 +48,7 @@ RESULT: Final = [
     "epsilon",
     "delta",
     "data_set",
+    "ledger",
     "claim",
     "card",
     "interrupted",
