@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 import cloister
-from cloister import digits
+from cloister import digits, quickstart
 from cloister.exits import ExitCode
 from cloister.jobfile import load_job
 from cloister.main import app
@@ -232,6 +232,7 @@ MORE_FAILURES: Final = [
     (["cut.example=builtins:str"], ExitCode.CONFIG, "cut.example builtins:str returned str; a tensor"),
     (["cut.example=torch:zeros"], ExitCode.CONFIG, "stem"),
     (["node.identity=nowhere"], ExitCode.IDENTITY, "nowhere"),
+    (["node.identity=NODE"], ExitCode.IDENTITY, "is a node's, and only owners dial out: make your own with `cloister"),
     (["output.dir=/proc/nowhere"], ExitCode.CONFIG, "cannot write to /proc/nowhere"),
     (["output.dir=README.md"], ExitCode.CONFIG, "cannot write to README.md"),
 ]
@@ -243,7 +244,8 @@ def failing(node: cloister.LocalNode, folder: Path, settings: list[str]) -> list
     job.write_text(JOB.read_text().replace('certificate = "node/tls.crt"\n', ""))
     pinned = node.address.partition("#")[0] if settings[0].startswith("node.pin") else node.address
     known = [f"node.identity={node.owner.folder}", f"output.dir={folder / 'run'}", f"node.address={pinned}"]
-    return ["train", job, *(word for text in [*known, *settings] for word in ("--set", text))]
+    said = [text.replace("=NODE", f"={node.folder / 'node'}") for text in [*known, *settings]]
+    return ["train", job, *(word for text in said for word in ("--set", text))]
 
 
 @pytest.mark.parametrize(("settings", "code", "words"), FAILURES)
@@ -322,7 +324,9 @@ def test_one_interrupt_finishes_the_step_and_saves_the_model_so_far(
     assert result["steps"] == len(metrics(folder))
     assert result["test_loss"] is None
     assert "finishing this step, then writing a checkpoint" in err
-    assert f"stopped after step {result['steps']}; go on with `cloister train --resume {folder}`" in err
+    assert f"stopped after step {result['steps']}, {result['epochs']} of 100000 epochs finished; go on with" in err
+    assert f" `cloister train --resume {folder}`" in err
+    assert json.loads((folder / "result.json").read_text()) == result
     assert f"The model so far is in {folder / 'model.safetensors'}" in err
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == result["model_sha256"]
 
@@ -353,6 +357,27 @@ def test_two_runs_do_not_write_into_one_folder(node: cloister.LocalNode, inside:
 
     assert second.returncode == ExitCode.CONFIG
     assert f"another run is writing to {tmp_path}" in second.stderr
+
+
+def test_the_demo_writes_what_left_into_a_ledger_of_its_own(
+    inside: Inside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The demo's first half; the second, which takes longer, would write into the same ledger."""
+    ledgers: list[cloister.Ledger] = []
+
+    def stop(_node: str, _owner: object, ledger: cloister.Ledger, *_callbacks: object) -> None:
+        ledgers.append(ledger)
+        assert len(ledger.data_sets()) == 2  # trained on, and evaluated
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train_privately", stop)
+    monkeypatch.setenv("CLOISTER_LEDGER", f"sqlite:///{tmp_path / 'own' / 'privacy.sqlite'}")
+
+    ran = inside("demo", "--out", tmp_path / "model.safetensors")
+
+    assert ran.returncode == ExitCode.INTERRUPTED
+    assert "cloister-demo-" in ledgers[0].name
+    assert not (tmp_path / "own").exists()
 
 
 def owned(node: cloister.LocalNode) -> list[object]:
