@@ -16,6 +16,7 @@ from typing import Any, Final
 import pytest
 
 import cloister
+from tests.inside import Inside
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 JOB: Final = ROOT / "examples" / "digits.toml"
@@ -161,38 +162,40 @@ def test_another_optimizer_is_not_the_same_run(undisturbed: Path) -> None:
         ("cut.head=body", "cut.head was head and is body"),
     ],
 )
-def test_another_model_or_cut_is_not_the_same_run(undisturbed: Path, setting: str, said: str) -> None:
-    refused = run("train", "--resume", undisturbed, "--set", setting)
+def test_another_model_or_cut_is_not_the_same_run(undisturbed: Path, setting: str, said: str, inside: Inside) -> None:
+    refused = inside("train", "--resume", undisturbed, "--set", setting)
 
     assert refused.returncode == 3
     assert f"belong to another run: {said}" in refused.stderr
 
 
 def test_a_model_whose_code_changed_so_that_it_cannot_be_cut_is_not_the_same_run(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, tmp_path: Path, inside: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     job = json.loads((changed / "job.json").read_text())
-    (tmp_path / "mine.py").write_text("from cloister.heartbeats import model\n")
-    (changed / "job.json").write_text(json.dumps(job | {"model": {"factory": "mine:model", "args": {}}}))
+    (tmp_path / "mine_changed.py").write_text("from cloister.heartbeats import model\n")
+    (changed / "job.json").write_text(json.dumps(job | {"model": {"factory": "mine_changed:model", "args": {}}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
 
-    refused = run("train", "--resume", changed, cwd=tmp_path)
+    refused = inside("train", "--resume", changed)
 
     assert refused.returncode == 3
-    assert "belong to another run: what mine:model and cloister.digits:train_loader make now" in refused.stderr
+    assert "belong to another run: what mine_changed:model and cloister.digits:train_loader make now" in refused.stderr
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_started_again(
-    node: cloister.LocalNode, tmp_path: Path
+    node: cloister.LocalNode, tmp_path: Path, inside: Inside
 ) -> None:
     folder = tmp_path / "run"
     (folder / "state" / "checkpoints").mkdir(parents=True)
-    printed = run(*training(node, folder, "--epochs", 1, "--print-job", "--format", "json"))
+    printed = inside(*training(node, folder, "--epochs", 1, "--print-job", "--format", "json"))
     (folder / "job.json").write_text(printed.stdout)
 
-    resumed = run("train", "--resume", folder)
-    again = run("runs", "resume", folder)
-    started = run(*training(node, folder, "--epochs", 1))
+    resumed = inside("train", "--resume", folder)
+    again = inside("runs", "resume", folder)
+    started = inside(*training(node, folder, "--epochs", 1))
 
     assert (resumed.returncode, again.returncode) == (3, 3)
     assert "has nothing to resume: the run ended before its first checkpoint" in resumed.stderr
@@ -200,17 +203,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_started_again(
     assert started.returncode == 0, started.stderr
 
 
-@pytest.mark.parametrize("what", ["job.json", "state"])
+@pytest.mark.parametrize("when", ["the trainer is made", "the run begins"])
 def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(
-    what: str, node: cloister.LocalNode, tmp_path: Path
+    when: str, node: cloister.LocalNode, tmp_path: Path, inside: Inside
 ) -> None:
     folder = tmp_path / "runs" / "refused"
     refusals = {
-        "job.json": ["--set", f"privacy.ledger=sqlite:///{tmp_path}"],  # no file: refused when the trainer is made
-        "state": ["--set", "privacy.epsilon=1.0"],  # of a front that learns: refused when the run begins
+        "the trainer is made": f"privacy.ledger=sqlite:///{tmp_path}",  # a folder is no ledger
+        "the run begins": "privacy.epsilon=1.0",  # of a front that learns
     }
 
-    refused = run(*training(node, folder, *refusals[what]))
+    refused = inside(*training(node, folder, "--set", refusals[when]))
 
     assert refused.returncode == 8, refused.stderr
     assert not folder.exists()

@@ -25,8 +25,9 @@ import cloister
 from cloister import digits, quickstart
 from cloister.exits import ExitCode
 from cloister.jobfile import load_job
-from cloister.main import app
+from cloister.modelcard import model_card
 from cloister.runs import RunFolder
+from tests.inside import Inside
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 JOB: Final = ROOT / "examples" / "digits.toml"
@@ -118,26 +119,6 @@ def trained(node: cloister.LocalNode, tmp_path_factory: pytest.TempPathFactory) 
     return Run(folder, ran.stderr, json.loads(ran.stdout))
 
 
-class Inside:
-    """The program without a process of its own, where only its words and its code matter: importing takes seconds."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [str(argument) for argument in arguments]
-        with pytest.raises(SystemExit) as ended:
-            app(words)
-        out, err = self._capsys.readouterr()
-        return subprocess.CompletedProcess(words, int(ended.value.code or 0), out, err)
-
-
-@pytest.fixture
-def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Inside:
-    monkeypatch.chdir(ROOT)
-    return Inside(capsys)
-
-
 def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Run) -> None:
     result = trained.result
 
@@ -147,6 +128,25 @@ def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Ru
     assert json.loads((trained.folder / "result.json").read_text()) == result
     names = {path.name for path in trained.folder.iterdir()}
     assert names == {"model.safetensors", "model-card.md", "job.json", "metrics.jsonl", "result.json", "state"}
+
+
+def test_the_claim_is_told_once(trained: Run, node: cloister.LocalNode, inside: Inside, tmp_path: Path) -> None:
+    table = inside(*training(node, tmp_path / "run", "--epochs", 1))
+
+    assert (table.stdout + table.stderr).count(trained.result["claim"]) == 1
+    assert trained.result["claim"] not in trained.said
+
+
+def test_the_models_card_says_how_many_records_there_are_and_how_many_units(trained: Run) -> None:
+    card = (trained.folder / "model-card.md").read_text()
+    job = load_job(JOB)
+
+    counted = model_card(job, trained.result, None, records=36_864, units=1536)
+
+    assert "| records | 1,437 |" in card
+    assert "| unit of privacy | record |" in card
+    assert "| records | 36,864 |" in counted
+    assert "| unit of privacy | record, of which there are 1,536 |" in counted
 
 
 def test_the_model_equals_unsplit_training_to_the_bit(trained: Run) -> None:
@@ -209,6 +209,8 @@ def test_a_folder_that_holds_a_run_is_only_overwritten_by_force_and_the_same_job
     assert kept == "precious"
     assert forced.returncode == 0, forced.stderr
     assert trained.result["model_sha256"] in forced.stdout
+    assert re.search(r"^epsilon +∞$", forced.stdout, re.MULTILINE)
+    assert re.search(r"^bytes up +[\d.]+ MB$", forced.stdout, re.MULTILINE)
     assert json.loads((old / "job.json").read_text())["train"]["epochs"] == 2
 
 

@@ -255,7 +255,8 @@ def error_from_rpc(error: grpc.RpcError) -> CloisterError:
         itself failed; :class:`InternalError` for anything else. The caller raises it ``from error``.
     """
     code = error.code()
-    details = _bounded(error.details() or "").strip() or f"{_SILENT} (gRPC says {code.name})"
+    said = _bounded(error.details() or "")
+    details = said if said.strip() else f"{_SILENT} (gRPC says {code.name})"
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
     except (ValueError, DecodeError):  # no status, or one that contradicts the call's own: made up, so not believed
