@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from cloister.exits import ExitCode
 from cloister.main import app
+from privacy.accounting import Event
 from privacy.guard import Guard, Situation
 from privacy.ledger import Ledger
 from privacy.policy import CLEAR, Moments, Policy
@@ -289,6 +291,33 @@ def test_history_tells_each_release_and_draws_what_it_came_to(folder: Path) -> N
     assert (folder / "spent.png").read_bytes().startswith(b"\x89PNG")
     status = json.loads(ran("status", "--epsilon", "4", "--format", "json", *ledger_url).stdout)
     assert status[0]["left"] == pytest.approx(3.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("epsilon", ["-1", "0", "nan"])
+def test_a_budget_that_is_none_is_refused(epsilon: str) -> None:
+    found = ran("status", "--epsilon", epsilon, "--ledger", "sqlite:///ledger.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert f"--epsilon {epsilon}: a budget is above 0" in found.output
+
+
+def test_every_word_of_an_event_is_explained() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "train-privately.md").read_text(encoding="utf-8")
+
+    words = [field.name.replace("_", " ") for event in get_args(Event) for field in dataclasses.fields(event)]
+    assert [word for word in words if f"`{word}`" not in page.partition("| word | means |")[2]] == []
+
+
+def test_people_read_an_infinite_epsilon_as_one_sign() -> None:
+    with contextlib.closing(Ledger("sqlite:///ledger.sqlite")) as ledger:
+        Guard(CLEAR, ledger).begin(situation(front_learns=True))
+    ledger_url = ("--ledger", "sqlite:///ledger.sqlite")
+
+    told = [ran("status", *ledger_url).output, ran("history", "sixty", *ledger_url).output]
+    written = json.loads(ran("status", "--format", "json", *ledger_url).stdout)
+
+    assert all("∞" in said and "infinite" not in said for said in told)
+    assert (written[0]["epsilon"], written[0]["left"]) == ("infinite", None)
 
 
 def test_an_unknown_data_set_is_told_and_where_to_look() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
@@ -20,7 +20,7 @@ from cloister.assembly import (
     owner_of,
 )
 from cloister.joboptions import IdentityOption, JobArgument, NodeOption, SetOption, WeightsOption, job_from
-from cloister.output import Format, FormatOption, print_record
+from cloister.output import HEADING, Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
 from cloister.runs import remarks
 from cloister.weights import load_weights
@@ -46,7 +46,7 @@ class EvalResult:
         program_sha256: the middle's architecture.
     """
 
-    loss: float | None
+    loss: float | None = field(metadata={HEADING: "test loss"})
     accuracy: float | None
     labels: int
     seconds: float

@@ -61,9 +61,9 @@ class StatusLine:
     unit: str
     runs: int
     releases: int
-    epsilon: float | str
-    other_epsilon: float | str
-    left: float | str | None
+    epsilon: float
+    other_epsilon: float
+    left: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class HistoryLine:
     kind: str
     treatment: str
     event: str
-    epsilon: float | str
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class PlanLine:
     treatment: str
     noise: float | None
     times: int
-    epsilon: float | str
+    epsilon: float
     signal_to_noise: float | None
 
 
@@ -125,9 +125,9 @@ class _Summary:
     units: int
     relation: str
     delta: float
-    spent_before: float | str
-    spent_after: float | str
-    budget: float | str
+    spent_before: float
+    spent_after: float
+    budget: float
     fits: bool
     ledger: str
 
@@ -154,8 +154,13 @@ def status(
 ) -> None:
     """Show what was spent on each data set, by all runs together.
 
+    epsilon is told under --relation, other epsilon under the other relation: two ways to say what was spent, which
+    never add up. ε is ∞ where something left in the clear. left is what is left of --epsilon.
+
     Example: [bold]cloister privacy status --epsilon 4[/]
     """
+    if epsilon is not None and not epsilon > 0:  # nor NaN
+        raise ConfigError(f"--epsilon {epsilon:g}: a budget is above 0, such as 4")
     book = _opened(ledger)
     names = book.data_sets()
     if data_set is not None:
@@ -183,6 +188,10 @@ def history(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Show every release on a data set, and how ε grew.
+
+    event is what a release counts as: how far one unit can move it (sensitivity), the standard deviation of the noise
+    on it (noise), and how often it was made (count); or the rate, noise multiplier and steps of sums over secret
+    samples; or the reason why no ε covers it. docs/how-to/train-privately.md explains each word.
 
     Example: [bold]cloister privacy history cohort-2024 --plot spent.png[/]
     """
@@ -361,9 +370,8 @@ def _history(entry: Entry, total: float) -> HistoryLine:
     )
 
 
-def _shown(epsilon: float) -> float | str:
-    """JSON has no infinity."""
-    return "infinite" if math.isinf(epsilon) else round(epsilon, 4)
+def _shown(epsilon: float) -> float:
+    return round(epsilon, 4)
 
 
 def _draw(path: Path, data_set: str, totals: Sequence[float], delta: float, relation: Relation) -> None:
@@ -376,7 +384,7 @@ def _draw(path: Path, data_set: str, totals: Sequence[float], delta: float, rela
     finite = [total for total in totals if math.isfinite(total)]
     axes.step(range(1, len(finite) + 1), finite, where="post", color="#1f5fa8", linewidth=2)
     if len(finite) < len(totals):
-        axes.axvline(len(finite) + 1, color="#b03030", linestyle="--", label="in the clear from here: ε is infinite")
+        axes.axvline(len(finite) + 1, color="#b03030", linestyle="--", label="in the clear from here: ε = ∞")
         axes.legend()
     axes.set(xlabel="release", ylabel="ε spent", ylim=(0, None), title=f"{data_set[:40]}  (δ = {delta:g}, {relation})")
     axes.grid(alpha=0.3)
