@@ -79,6 +79,7 @@ class RunFolder(Callback):
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._ours = not any(self.path.iterdir())
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
@@ -148,7 +149,7 @@ class RunFolder(Callback):
 
     def _leave_nothing(self) -> None:
         """A run that was refused, or ended, before it had anything to resume leaves nothing."""
-        if self._begun and not holds_run(self.state):
+        if self._begun and self._ours and not holds_run(self.state):
             shutil.rmtree(self.state, ignore_errors=True)
             with contextlib.suppress(OSError):
                 (self.path / JOB_FILE).unlink()
