@@ -121,6 +121,8 @@ class RunFolder(Callback):
     def on_train_begin(self, state: TrainState, control: Control) -> None:
         """Keeps the lines of the steps that count; those after the checkpoint are computed, and written, again."""
         del control
+        if self._resume:
+            self.begin()
         file = self.path / METRICS_FILE
         kept = steps_so_far(file, state.global_step) if self._resume else []
         try:

@@ -145,11 +145,14 @@ def test_a_finished_run_goes_on_for_more_epochs_and_keeps_its_lines(
 
 
 def test_another_optimizer_is_not_the_same_run(undisturbed: Path) -> None:
+    before = [(undisturbed / name).read_bytes() for name in ("job.json", "result.json", "model.safetensors")]
+
     refused = run("train", "--resume", undisturbed, "--set", "optimizer.lr=0.5", "--epochs", EPOCHS + 1)
 
     assert refused.returncode == 3
     assert "belongs to another run: optimizer was" in refused.stderr
     assert "lr=0.5" in refused.stderr
+    assert [(undisturbed / name).read_bytes() for name in ("job.json", "result.json", "model.safetensors")] == before
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
     loader = make_loader(job, "train")
     with Interruption(display) as interruption:
         callbacks = [folder, interruption, display]
-        folder.begin()
+        if not resume:  # which is written down once its checkpoint is known to be of the same run
+            folder.begin()
         with new_trainer(job, made, owner, callbacks, job.checkpoint.plan(folder.state)) as trainer:
             began = time.perf_counter()
             trainer.fit(loader, job.train.epochs, resume=resume)
