@@ -22,7 +22,7 @@ from cloister.joboptions import job_from
 from cloister.jobs import Job
 from cloister.progress import ProgressDisplay
 from cloister.weights import write_whole
-from wire.errors import CheckpointError, ConfigError
+from wire.errors import ConfigError
 
 __all__ = [
     "CARD_FILE",
@@ -33,6 +33,7 @@ __all__ = [
     "RESULT_FILES",
     "Interruption",
     "RunFolder",
+    "changed_since",
     "last_step",
     "remarks",
     "resumed_job",
@@ -121,6 +122,8 @@ class RunFolder(Callback):
     def on_train_begin(self, state: TrainState, control: Control) -> None:
         """Keeps the lines of the steps that count; those after the checkpoint are computed, and written, again."""
         del control
+        if self._resume:
+            self.begin()
         file = self.path / METRICS_FILE
         kept = steps_so_far(file, state.global_step) if self._resume else []
         try:
@@ -211,7 +214,6 @@ def resumed_job(run: Path, settings: list[str] | None, **shorthands: object) -> 
 
     Raises:
         ConfigError: there is no run; or it has nothing to resume.
-        CheckpointError: what the settings make of it is another run's model, or another cut.
     """
     file = run / JOB_FILE
     if not file.exists():
@@ -221,20 +223,18 @@ def resumed_job(run: Path, settings: list[str] | None, **shorthands: object) -> 
             f"{run} has nothing to resume: the run ended before its first checkpoint, so no step is lost; start it "
             "again with the command that began it"
         )
-    job = job_from(file, settings, **{**shorthands, "out": run})
-    before = load_job(file, env={})
-    changed = [
+    return job_from(file, settings, **{**shorthands, "out": run})
+
+
+def changed_since(job: Job, run: Path) -> list[str]:
+    """What ``job`` names otherwise than the job that ``run`` holds, of the model and its cut: for people."""
+    before = load_job(run / JOB_FILE, env={})
+    return [
         f"{table}.{key} was {getattr(getattr(before, table), key)} and is {value}"
         for table in ("model", "cut")
         for key, value in getattr(job, table)
         if value != getattr(getattr(before, table), key)
     ]
-    if changed:  # seen before a model is made that this run's data does not fit
-        raise CheckpointError(
-            f"the checkpoints in {run} belong to another run: {'; '.join(changed)}. Take back the change, or start a "
-            "new run in another folder"
-        )
-    return job
 
 
 def state_of(folder: Path) -> Path:

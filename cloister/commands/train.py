@@ -33,9 +33,9 @@ from cloister.jobfile import to_json, to_toml
 from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
 from cloister.jobs import Job
 from cloister.modelcard import model_card
-from cloister.output import ABSENT, HEADING, Format, FormatOption, print_record
+from cloister.output import ABSENT, HEADING, Format, FormatOption, clean, print_record
 from cloister.progress import ProgressDisplay
-from cloister.runs import CARD_FILE, MODEL_FILE, Interruption, RunFolder, remarks, resumed_job
+from cloister.runs import CARD_FILE, MODEL_FILE, Interruption, RunFolder, changed_since, remarks, resumed_job
 from cloister.weights import save_weights
 from privacy.claims import Claim
 from privacy.policy import Policy, labels_told
@@ -160,7 +160,7 @@ def train_job(job: Job, fmt: Format, *, force: bool, resume: bool) -> None:
             raise
     print_record(result, fmt, leave_out=["claim"])
     if claim is not None and fmt is Format.TABLE:  # JSON has it among the result
-        typer.echo("\n".join(claim.lines()))
+        typer.echo(clean("\n".join(claim.lines())))
     if result.interrupted:
         display.say(f"{_stopped(job, result)}; go on with `{again}`. The model so far is in {result.model}")
         raise typer.Exit(ExitCode.INTERRUPTED)
@@ -189,7 +189,8 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
     loader = make_loader(job, "train")
     with Interruption(display) as interruption:
         callbacks = [folder, interruption, display]
-        folder.begin()
+        if not resume:  # which is written down once its checkpoint is known to be of the same run
+            folder.begin()
         with new_trainer(job, made, owner, callbacks, job.checkpoint.plan(folder.state)) as trainer:
             began = time.perf_counter()
             trainer.fit(loader, job.train.epochs, resume=resume)
@@ -232,10 +233,12 @@ def _cut(job: Job, model: nn.Module, folder: RunFolder, *, resume: bool) -> Cut:
     except (ConfigError, CutError) as error:
         if not resume:
             raise
+        why = (
+            "; ".join(changed_since(job, folder.path)) or f"what {job.model.factory} and {job.data.train} make changed"
+        )
         raise CheckpointError(
-            f"the checkpoints in {folder.path} belong to another run: what {job.model.factory} and {job.data.train} "
-            f"make now cannot be cut as that run's model was ({error}). Take back the change, or start a new run in "
-            "another folder"
+            f"the checkpoints in {folder.path} belong to another run: {why}, and cannot be cut as that run's model was "
+            f"({error}). Take back the change, or start a new run in another folder"
         ) from error
 
 
