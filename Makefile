@@ -22,6 +22,9 @@ FINGERPRINT := $(shell $(PYTHON) -c 'import hashlib, os, sys, tomllib; \
 	print(hashlib.sha256(repr((asked, sys.version, os.getcwd())).encode()).hexdigest()[:16])' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(FINGERPRINT)
 
+# Thousands of processes import torch here; a shell that forbids bytecode has each of them compile it, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Not compiled: Python compiles what is imported, and all of torch and transformers would take longer than the download.
 PIP = $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt
 

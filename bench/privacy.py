@@ -80,12 +80,10 @@ def privacy(extent: Extent, data: Path | None, picture: Path | None = None) -> C
     """The chapter of the report; ``data`` holds the real data sets, and ``picture`` is where the plot goes."""
     found: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder, cloister.LocalNode(Path(folder), threads=1) as node:
-        books = contextlib.closing(cloister.Ledger(f"sqlite:///{Path(folder) / 'privacy.sqlite'}"))
-        with books as ledger:
-            for subject in subjects(data):
-                found += measure(subject, extent, node, ledger)
-                if picture is not None:  # after each: what is measured stays measured
-                    draw(panels(found), picture)
+        for subject in subjects(data):
+            found += measure(subject, extent, node)
+            if picture is not None:  # after each: what is measured stays measured
+                draw(panels(found), picture)
     return chapter(found, extent)
 
 
@@ -104,7 +102,7 @@ class Trial:
     seed: int
 
 
-def measure(subject: Subject, extent: Extent, node: cloister.LocalNode, ledger: cloister.Ledger) -> Iterator[Measured]:
+def measure(subject: Subject, extent: Extent, node: cloister.LocalNode) -> Iterator[Measured]:
     """Every treatment on one data set."""
     replace = Relation.REPLACE_ONE
     for number, features in enumerate(subject.features):
@@ -114,7 +112,7 @@ def measure(subject: Subject, extent: Extent, node: cloister.LocalNode, ledger: 
             plans += [(by_name[n], Relation.ADD_REMOVE, e) for n in _BOTH_RELATIONS for e in extent.epsilons]
         for treatment, relation, epsilon in [(CLEAR, replace, math.inf), *plans]:
             percents = tuple(
-                accuracy(Trial(subject, features, treatment, epsilon, relation, seed), node, ledger)
+                accuracy(Trial(subject, features, treatment, epsilon, relation, seed), node)
                 for seed in range(extent.seeds)
             )
             yield _told(
@@ -132,7 +130,7 @@ def _told(found: Measured) -> Measured:
     return found
 
 
-def accuracy(trial: Trial, node: cloister.LocalNode, ledger: cloister.Ledger) -> float:
+def accuracy(trial: Trial, node: cloister.LocalNode) -> float:
     """Trains through the node; percent right on the test data, found at home.
 
     Raises:
@@ -146,28 +144,36 @@ def accuracy(trial: Trial, node: cloister.LocalNode, ledger: cloister.Ledger) ->
     loader = DataLoader(records, BATCH, shuffle=True, generator=generator)
     epochs = FRESH_EPOCHS if treatment.fresh else _epochs(policy, len(records), treatment.steps)
     steps = epochs * math.ceil(_rows_of(policy, len(records)) / BATCH)
-    with cloister.Trainer(
-        _cut(trial),
-        node=node.address,
-        identity=node.owner,
-        policy=policy,
-        ledger=ledger,
-        # Each training is its first here; your data set has one name, and all that was ever trained on it adds up.
-        data_set=f"{subject.name}, {features.front}, {treatment.name}, {trial.epsilon}, {trial.relation}, {trial.seed}",
-        units=None if subject.units is None else subject.units[rows],
-        optimizer=cloister.AdamW(
-            lr=_RATE, weight_decay=1e-3, schedule=cloister.Schedule(decay="linear", total_steps=steps)
-        ),
-        seed=trial.seed,
-        # Output gradients that are noise look like an attack on a front that learns, and they are the owner's own.
-        detect_hijacking=not treatment.learns,
-    ) as trainer:
+    # Each training is its first here. In your ledger, all that was ever trained on a data set adds up.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(_new_ledger(Path(folder))) as ledger,
+        cloister.Trainer(
+            _cut(trial),
+            node=node.address,
+            identity=node.owner,
+            policy=policy,
+            ledger=ledger,
+            data_set=subject.name,
+            units=None if subject.units is None else subject.units[rows],
+            optimizer=cloister.AdamW(
+                lr=_RATE, weight_decay=1e-3, schedule=cloister.Schedule(decay="linear", total_steps=steps)
+            ),
+            seed=trial.seed,
+            # Output gradients that are noise look like an attack on a front that learns, and they are the owner's own.
+            detect_hijacking=not treatment.learns,
+        ) as trainer,
+    ):
         trainer.fit(loader, epochs)
         result = trainer.evaluate(DataLoader(TensorDataset(features.test, subject.labels[1]), 4096))
         spent = trainer.guard.spent
     if policy.claims and (spent is None or spent.epsilon > trial.epsilon * _SPENT_TOO_MUCH):
         raise RuntimeError(f"{subject.name}, {treatment.name}: {spent} was spent of ε = {trial.epsilon}")
     return 100 * (result.accuracy or 0.0)
+
+
+def _new_ledger(folder: Path) -> cloister.Ledger:
+    return cloister.Ledger(f"sqlite:///{folder / 'privacy.sqlite'}")
 
 
 def _taking_part(trial: Trial) -> Tensor:

@@ -77,7 +77,8 @@ class Checkpoints:
 
 def holds_run(folder: Path | str) -> bool:
     """Whether a run that can be resumed lives in ``folder``."""
-    return bool(list_checkpoints(Path(folder).expanduser() / _CHECKPOINTS))
+    checkpoints = Path(folder).expanduser() / _CHECKPOINTS
+    return checkpoints.is_dir() and bool(list_checkpoints(checkpoints))
 
 
 class Run:

@@ -12,8 +12,7 @@ from client_side.link import Link, SessionRequest
 from privacy.guard import Guard
 from protos import node_pb2
 from wire.ciphertexts import Scheme
-from wire.errors import IdentityError
-from wire.identity import Identity, load_identity
+from wire.identity import Identity, as_owner, load_identity
 from wire.recipe import Loss, Optimizer, stream_seed
 from wire.squares import SquareScheme
 from wire.state import ROWS_PREFIX, STATE_PREFIX
@@ -29,10 +28,7 @@ def owner_identity(identity: Identity | Path | str) -> Identity:
     Raises:
         IdentityError: there is none, it is damaged, or it is a node's.
     """
-    own = identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser())
-    if own.role != "owner":
-        raise IdentityError("this identity is a node's: make your own with `cloister keys init --role owner --out DIR`")
-    return own
+    return as_owner(identity if isinstance(identity, Identity) else load_identity(Path(identity).expanduser()))
 
 
 def initial_state(cut: Cut, guard: Guard) -> dict[str, torch.Tensor]:

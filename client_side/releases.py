@@ -145,6 +145,7 @@ class Releases:
         situation = Situation(
             data_set=name,
             run=self._run,
+            content=digest,
             vanilla=self._cut.head is None,
             front_learns=self._learns[0],
             head_learns=self._learns[1],
@@ -165,6 +166,13 @@ class Releases:
         if self._units is None:
             return (count, 0) if self._guard.policy.unit == "record" else (0, 0)
         units = self._units
+        if not isinstance(units, torch.Tensor):
+            raise ConfigError(f"privacy.units: a {type(units).__name__}; give a torch tensor, one integer a record")
+        if self._guard.policy.unit == "record" and self._guard.policy.claims:
+            raise ConfigError(
+                'privacy.unit = "record", and units say whose each record is: name what they are, as in unit = '
+                '"patient", so that the claim holds for each of them; or leave units out'
+            )
         if units.ndim != 1 or units.is_floating_point() or (count and len(units) != count):
             raise ConfigError(
                 f"privacy.units: {str(units.dtype).removeprefix('torch.')} {list(units.shape)} for {count} records; "

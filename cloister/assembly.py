@@ -14,6 +14,7 @@ from client_side.callbacks import Callback
 from client_side.cutting import Cut, cut
 from client_side.durability import Checkpoints
 from client_side.link import Link, NodeAddress
+from client_side.opening import owner_identity
 from client_side.records import by_chance
 from client_side.trainer import Loader, Trainer
 from cloister.factories import load_factory
@@ -21,7 +22,7 @@ from cloister.jobs import Job
 from privacy.ledger import Ledger
 from privacy.policy import Ckks, CkksInference, CkksSquare, Never, Policy
 from wire.errors import CloisterError, ConfigError
-from wire.identity import Identity, load_identity
+from wire.identity import Identity
 
 __all__ = [
     "at_home",
@@ -44,9 +45,9 @@ def owner_of(job: Job) -> Identity:
     """The identity that ``node.identity`` names.
 
     Raises:
-        IdentityError: see :func:`wire.identity.load_identity`.
+        IdentityError: see :func:`client_side.opening.owner_identity`; said before anybody is dialled.
     """
-    return load_identity(job.node.identity.expanduser())
+    return owner_identity(job.node.identity)
 
 
 def inference_policy(job: Job, *, encrypted: bool) -> Policy:

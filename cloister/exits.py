@@ -120,7 +120,7 @@ def _explain(error: Exception) -> tuple[ExitCode, str]:
     if isinstance(error, grpc.RpcError):
         error = error_from_rpc(error)
     if isinstance(error, CloisterError):
-        return exit_code_of(error), str(error)
+        return exit_code_of(error), str(error) or f"{type(error).__name__} (CLOISTER_DEBUG=1 shows where)"
     return ExitCode.FAILED, f"unexpected {type(error).__name__}: {error} (CLOISTER_DEBUG=1 shows where)"
 
 

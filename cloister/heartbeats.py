@@ -18,8 +18,9 @@ patient, and the patient is the unit that privacy should count by. Both splits h
 
 The real ones are those of the MIT-BIH Arrhythmia Database (Moody and Mark 2001), given as a file: :func:`load_mitbih`.
 
-The cut to use is ``front="stem", head="head"``. Five epochs in batches of 64 with ``AdamW(lr=1e-3)`` reach
-ACCURACY.
+The cut to use is ``front="stem", head="head"``. On the 48 patients of :func:`synthetic`, five epochs in batches of 64
+with ``AdamW(lr=1e-3)`` bring the network of :func:`model` to an accuracy of 0.89 to 0.90 (initial weights from seeds 0
+to 2) on the patients that it was not trained on; the commonest class alone would give 0.39.
 
 Shapes: ``B`` batch, ``N`` beats, ``W`` waves of a beat, ``T`` samples of a beat, ``F`` features, ``K`` classes.
 """

@@ -13,12 +13,19 @@ from collections.abc import Iterator, Mapping
 from cloister.jobs import Job
 from privacy.ckks.settings import EncryptionSettings
 from privacy.claims import Claim
+from privacy.policy import labels_told
 
 __all__ = ["model_card"]
 
 
 def model_card(
-    job: Job, result: Mapping[str, object], claim: Claim | None, encryption: EncryptionSettings | None = None
+    job: Job,
+    result: Mapping[str, object],
+    claim: Claim | None,
+    encryption: EncryptionSettings | None = None,
+    *,
+    records: int | None = None,
+    units: int | None = None,
 ) -> str:
     """The card of one run.
 
@@ -27,8 +34,10 @@ def model_card(
         result: the run's, as ``result.json`` has it.
         claim: what the ledger supports; ``None`` where nothing is accounted.
         encryption: of the middle, where there was any.
+        records: that were trained on; ``None`` where the loader does not tell.
+        units: whose these are; ``None`` where nobody said.
     """
-    parts = [_head(), _about(job, result), _data(job, result), _privacy(claim)]
+    parts = [_head(), _about(job, result), _data(job, result, records, units), _privacy(claim)]
     parts += [] if encryption is None else [_encryption(encryption)]
     parts += [_quality(result, claim), _open()]
     return "\n".join(line for part in parts for line in part)
@@ -39,7 +48,8 @@ def _head() -> Iterator[str]:
 
 
 def _about(job: Job, result: Mapping[str, object]) -> Iterator[str]:
-    topology = "vanilla: labels and loss on the node" if job.cut.head is None else f"U-shaped, head from {job.cut.head}"
+    vanilla = f"vanilla: the loss is computed on the node; {labels_told(job.privacy.policy())}"
+    topology = vanilla if job.cut.head is None else f"U-shaped, head from {job.cut.head}; labels stay with the owner"
     yield from ("## Model", "")
     yield from _table(
         {
@@ -58,13 +68,15 @@ def _stopped(result: Mapping[str, object]) -> bool:
     return result["interrupted"] is True
 
 
-def _data(job: Job, result: Mapping[str, object]) -> Iterator[str]:
+def _data(job: Job, result: Mapping[str, object], records: int | None, units: int | None) -> Iterator[str]:
     yield from ("## Training data", "")
     yield from _table(
         {
             "data": f"`{job.data.train}`",
+            "records": "not told by the loader" if records is None else f"{records:,}",
             "name in the privacy ledger": f"`{result['data_set']}`" if result["data_set"] else "none",
-            "unit of privacy": job.privacy.unit,
+            "privacy ledger": f"`{result['ledger']}`" if result["ledger"] else "none",
+            "unit of privacy": job.privacy.unit + ("" if units is None else f", of which there are {units:,}"),
         }
     )
 
@@ -108,9 +120,9 @@ def _quality(result: Mapping[str, object], claim: Claim | None) -> Iterator[str]
     yield from ("## Evaluation", "")
     yield from _table(
         {
-            "accuracy on the test data": _number(result["test_accuracy"]),
-            "loss on the test data": _number(result["test_loss"]),
-            "loss of the last epoch, on what was trained on": _number(result["final_loss"]),
+            "test accuracy": _number(result["test_accuracy"]),
+            "test loss": _number(result["test_loss"]),
+            "epoch loss of the last epoch, on what was trained on": _number(result["final_loss"]),
         }
     )
     if claim is not None and math.isfinite(claim.spent.epsilon):

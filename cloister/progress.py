@@ -2,9 +2,9 @@
 
 In a terminal, one row an epoch stays, and under it the epoch at hand moves::
 
-    epoch       step      loss  samples/s         up       down   node  reconnects
-      1/3         23    0.8124      2,310     6.0 MB     6.0 MB   41 %           0
-      2/3         31    0.3017      2,845     8.1 MB     8.1 MB   43 %           0
+    epoch       step  epoch loss  samples/s       ε         up       down   node  reconnects
+      1/3         23      0.8124      2,310       ∞     6.0 MB     6.0 MB   41 %           0
+      2/3         31      0.3017      2,845       ∞     8.1 MB     8.1 MB   43 %           0
     ━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━  31 of 69 steps, 0:00:02 left
 
 What stands in a row is a list of :class:`Column`; whoever has more to say of a run appends theirs.
@@ -33,20 +33,13 @@ from rich.text import Text
 
 from client_side.callbacks import Callback, Control, EpochEnd, Evaluation, StepEnd, TrainState
 from client_side.link import Traffic
-from cloister.output import clean, progress_console
+from cloister.output import clean, progress_console, size
 
 __all__ = ["COLUMNS", "Column", "Moment", "ProgressDisplay"]
 
 _REFRESH_HZ: Final = 8  # smooth to the eye; drawing then takes under 1 % of a core
 _GAP: Final = "  "
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:  # noqa: PLR2004 - SI units, as links are sold
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
+_BROKEN_OFF: Final = "  (the epoch is not finished)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +50,14 @@ class Moment:
         epoch: the epoch at hand, from 1.
         epochs: epochs asked for.
         step: steps finished in the whole run.
-        loss: mean over the epoch's rows so far; NaN before the first step.
+        loss: the epoch loss: the mean over the epoch's rows so far; NaN before the first step.
         rows: the epoch's rows so far.
         seconds: since the epoch began.
         node_s: of these, how long the node computed.
         up: tensor bytes sent in the whole run.
         down: tensor bytes received in the whole run.
         reconnects: how often the link came back.
-        epsilon: spent on the data set by all runs; ``None`` where nothing is accounted.
+        epsilon: spent on the data set by all runs; ``None`` where nothing is accounted: all of it leaves in the clear.
     """
 
     epoch: int
@@ -93,11 +86,11 @@ class Column:
 COLUMNS: Final = (
     Column("epoch", 7, lambda m: f"{m.epoch}/{m.epochs}"),
     Column("step", 8, lambda m: f"{m.step:,}"),
-    Column("loss", 8, lambda m: f"{m.loss:.4f}" if m.rows else "-"),
+    Column("epoch loss", 10, lambda m: f"{m.loss:.4f}" if m.rows else "-"),
     Column("samples/s", 9, lambda m: f"{m.rows / m.seconds:,.0f}" if m.rows else "-"),
-    Column("ε", 6, lambda m: "-" if m.epsilon is None else "∞" if math.isinf(m.epsilon) else f"{m.epsilon:.3g}"),
-    Column("up", 9, lambda m: _size(m.up)),
-    Column("down", 9, lambda m: _size(m.down)),
+    Column("ε", 6, lambda m: f"{m.epsilon:.3g}" if m.epsilon is not None and math.isfinite(m.epsilon) else "∞"),
+    Column("up", 9, lambda m: size(m.up)),
+    Column("down", 9, lambda m: size(m.down)),
     Column("node", 5, lambda m: f"{m.node_s / m.seconds:.0%}".replace("%", " %") if m.rows else "-"),
     Column("reconnects", 10, lambda m: str(m.reconnects)),
 )
@@ -228,15 +221,16 @@ class ProgressDisplay(Callback):
 
     def on_epoch_end(self, state: TrainState, control: Control, end: EpochEnd) -> None:
         """The row stays."""
-        del state, control
+        del control
+        is_whole = state.steps_per_epoch is None or self._moment.step >= end.epoch * state.steps_per_epoch
         done = dataclasses.replace(self._moment, epoch=end.epoch, loss=end.loss, rows=end.rows, seconds=end.seconds)
-        self.say(self._row(done) if self._is_live else self._plain(done))
+        self.say((self._row(done) if self._is_live else self._plain(done)) + _BROKEN_OFF * (not is_whole))
 
     def on_evaluate(self, state: TrainState, control: Control, result: Evaluation) -> None:
         """One line."""
         del state, control
         accuracy = "" if result.accuracy is None else f"  accuracy {result.accuracy:.2%}".replace("%", " %")
-        self.say(f"evaluated on {result.rows:,} labels  loss {result.loss:.4f}{accuracy}")
+        self.say(f"evaluated on {result.rows:,} labels  test loss {result.loss:.4f}{accuracy}")
 
     def on_train_end(self, state: TrainState, control: Control) -> None:
         """Stops to move."""

@@ -11,7 +11,7 @@ __all__ = ["train", "train_privately"]
 
 
 def train(
-    node: str, owner: cloister.Identity | str, *callbacks: cloister.Callback
+    node: str, owner: cloister.Identity | str, ledger: cloister.Ledger, *callbacks: cloister.Callback
 ) -> tuple[cloister.Cut, cloister.Evaluation]:
     """Trains a digits network through ``node`` and evaluates it: images, labels, stem and head stay here."""
     torch.manual_seed(0)
@@ -21,6 +21,7 @@ def train(
     with cloister.Trainer(
         cut,
         policy=cloister.CLEAR,
+        ledger=ledger,  # where it is written down what left; without, in your own
         node=node,  # "host:port#sha256:…", as `cloister node` prints it
         identity=owner,  # the folder that `cloister keys init --role owner` made
         optimizer=cloister.AdamW(lr=2e-3),

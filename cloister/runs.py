@@ -16,7 +16,9 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self, TextIO
 
 from client_side.callbacks import Callback, Control, EpochEnd, StepEnd, TrainState
-from cloister.jobfile import to_json
+from client_side.durability import holds_run
+from cloister.jobfile import load_job, to_json
+from cloister.joboptions import job_from
 from cloister.jobs import Job
 from cloister.progress import ProgressDisplay
 from cloister.weights import write_whole
@@ -31,8 +33,10 @@ __all__ = [
     "RESULT_FILES",
     "Interruption",
     "RunFolder",
+    "changed_since",
     "last_step",
     "remarks",
+    "resumed_job",
     "state_of",
     "steps_so_far",
 ]
@@ -49,8 +53,9 @@ _TAIL_BYTES: Final = 4096  # some lines of metrics
 class RunFolder(Callback):
     """``output.dir``: a line of metrics a step; in the end the model and the result.
 
-    ``result.json`` comes last: where it stands, the run is whole. In ``state`` is what it takes to resume one that is
-    not; see :mod:`client_side.durability`.
+    ``result.json`` comes last: where it stands, the other files are whole. One that was stopped by a signal has it too,
+    and says there that it was ``interrupted``; one that was killed has none. In ``state`` is what it takes to resume
+    either; see :mod:`client_side.durability`.
     """
 
     def __init__(self, job: Job, *, force: bool, resume: bool = False) -> None:
@@ -63,9 +68,11 @@ class RunFolder(Callback):
         self._resume = resume
         self._job, self.path = job, job.output.dir.expanduser()
         self._metrics: TextIO | None = None
+        self._begun = False
         self._rows, self._seconds = 0, 0.0
         self._first = (0, 0.0)
-        old = [name for name in (*RESULT_FILES, METRICS_FILE, JOB_FILE) if (self.path / name).exists()]
+        names = (*RESULT_FILES, METRICS_FILE, *((JOB_FILE,) if holds_run(self.state) else ()))
+        old = [name for name in names if (self.path / name).exists()]
         if old and not force and not resume:
             raise ConfigError(
                 f"{self.path} holds a run already ({', '.join(old)}): go on with it by `cloister train --resume "
@@ -73,6 +80,7 @@ class RunFolder(Callback):
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._ours = not any(self.path.iterdir())
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
@@ -106,6 +114,7 @@ class RunFolder(Callback):
             # Of the run that is replaced, or of this one before it was resumed.
             for name in RESULT_FILES:
                 (self.path / name).unlink(missing_ok=True)
+            self._begun = True
             write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error
@@ -113,6 +122,8 @@ class RunFolder(Callback):
     def on_train_begin(self, state: TrainState, control: Control) -> None:
         """Keeps the lines of the steps that count; those after the checkpoint are computed, and written, again."""
         del control
+        if self._resume:
+            self.begin()
         file = self.path / METRICS_FILE
         kept = steps_so_far(file, state.global_step) if self._resume else []
         try:
@@ -135,10 +146,18 @@ class RunFolder(Callback):
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # the disk is full, as was said when the line was written
                 self._metrics.close()
-        else:
-            with contextlib.suppress(OSError):  # not empty, or not ours to remove: somebody else's
-                self.path.rmdir()  # a run that never began leaves nothing
+        elif not self._resume:
+            self._leave_nothing()
         os.close(self._lock)
+
+    def _leave_nothing(self) -> None:
+        """A run that was refused, or ended, before it had anything to resume leaves nothing."""
+        if self._begun and self._ours and not holds_run(self.state):
+            shutil.rmtree(self.state, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self.path / JOB_FILE).unlink()
+        with contextlib.suppress(OSError):  # not empty, or not ours to remove: somebody else's
+            self.path.rmdir()
 
     def on_step_end(self, state: TrainState, control: Control, end: StepEnd) -> None:
         """One line."""
@@ -183,6 +202,39 @@ class RunFolder(Callback):
                 self._metrics.write(line)
         except OSError as error:
             raise ConfigError(f"cannot write {self.path / METRICS_FILE}: {error.strerror}") from error
+
+
+def resumed_job(run: Path, settings: list[str] | None, **shorthands: object) -> Job:
+    """The job of the run in ``run``, which goes on.
+
+    Args:
+        run: its folder, wherever that was carried to.
+        settings: what each ``--set`` says.
+        shorthands: see :func:`job_from`.
+
+    Raises:
+        ConfigError: there is no run; or it has nothing to resume.
+    """
+    file = run / JOB_FILE
+    if not file.exists():
+        raise ConfigError(f"{run} holds no run: `cloister runs list` shows those that there are")
+    if not holds_run(state_of(run)):
+        raise ConfigError(
+            f"{run} has nothing to resume: the run ended before its first checkpoint, so no step is lost; start it "
+            "again with the command that began it"
+        )
+    return job_from(file, settings, **{**shorthands, "out": run})
+
+
+def changed_since(job: Job, run: Path) -> list[str]:
+    """What ``job`` names otherwise than the job that ``run`` holds, of the model and its cut: for people."""
+    before = load_job(run / JOB_FILE, env={})
+    return [
+        f"{table}.{key} was {getattr(getattr(before, table), key)} and is {value}"
+        for table in ("model", "cut")
+        for key, value in getattr(job, table)
+        if value != getattr(getattr(before, table), key)
+    ]
 
 
 def state_of(folder: Path) -> Path:

@@ -99,7 +99,13 @@ def _sentence(spent: PrivacySpent) -> str:
 
 
 def _factor(epsilon: float) -> str:
-    return _up(math.exp(epsilon)) if epsilon < _LARGE else f"e^{_up(epsilon)}"
+    """e^ε, never downwards; near 1 with two digits of what it is above 1."""
+    if epsilon >= _LARGE:
+        return f"e^{_up(epsilon)}"
+    more = Decimal(math.expm1(epsilon))
+    if more >= Decimal("0.1") or not more:
+        return _up(math.exp(epsilon))
+    return f"{1 + more.quantize(Decimal(1).scaleb(more.adjusted() - 1), ROUND_CEILING):f}"
 
 
 def _up(value: float) -> str:

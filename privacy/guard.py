@@ -82,6 +82,7 @@ class Situation:
         data_set: the digest of the training data, or the name that it was given; ``None`` where it has neither, which
             goes with a policy in the clear alone.
         run: the run's own name.
+        content: the digest of the training data, where that is known.
         vanilla: whether labels go to the node.
         front_learns: whether the front has parameters that train.
         head_learns: the same of the head.
@@ -96,6 +97,7 @@ class Situation:
 
     data_set: str | None
     run: str
+    content: str | None = None
     vanilla: bool
     front_learns: bool
     head_learns: bool
@@ -173,6 +175,11 @@ class Guard:
         return claim_of(entries, delta=policy.delta, relation=policy.relation, unit=policy.unit)
 
     @property
+    def ledger(self) -> str | None:
+        """Where releases are written down, for people; ``None`` before :meth:`begin`, or without one."""
+        return None if self.data_set is None or self._ledger is None else self._ledger.name
+
+    @property
     def position(self) -> Position | None:
         """Of the ledger now; a checkpoint keeps it."""
         return None if self.data_set is None or self._ledger is None else self._ledger.position()
@@ -193,6 +200,7 @@ class Guard:
             ReleaseRefusedError: an ε is asked for that would not hold, and why.
             BudgetSpentError: nothing is left.
             LedgerError: the ledger has forgotten what it held.
+            ConfigError: the data goes by another name there.
         """
         policy = self.policy
         if situation.vanilla and isinstance(policy.labels, Never):
@@ -220,6 +228,8 @@ class Guard:
         self._check_units(situation)
         if known is not None and self._ledger is not None:
             self._ledger.check(known)
+        if situation.data_set is not None and self._ledger is not None:
+            self._ledger.check_name(situation.data_set, situation.content)
         self._situation = situation
         if found:
             releases = [Release(kind="activations", treatment="clear", event=Unbounded(reason=r)) for r in found]
@@ -268,6 +278,7 @@ class Guard:
         if isinstance(self.policy.inference, Clear) and data_set is not None and data_set not in self._inferred:
             self._inferred.add(data_set)
             if self._ledger is not None:
+                data_set = self._ledger.name_of(data_set) or data_set
                 event = Unbounded(reason="evaluation and prediction send activations in the clear")
                 release = Release(kind="inference", treatment="clear", event=event)
                 self._ledger.spend(data_set, run, [release], unit=self._unit_of(data_set))
@@ -488,7 +499,9 @@ class Guard:
             return
         budget = self._budget() if self.policy.claims else None
         unit = self._unit_of(situation.data_set) if unbounded else self.policy.unit
-        self._ledger.spend(situation.data_set, situation.run, releases, unit=unit, budget=budget)
+        self._ledger.spend(
+            situation.data_set, situation.run, releases, unit=unit, budget=budget, content=situation.content
+        )
 
     def _budget(self) -> Budget:
         return Budget(self.policy.epsilon, self.policy.delta, self.policy.relation)

@@ -69,6 +69,12 @@ _RELEASES: Final = sa.Table(
     sa.Index("privacy_releases_by_data_set", "data_set", "number"),
 )
 _C: Final = _RELEASES.c
+_DATA_SETS: Final = sa.Table(
+    "privacy_data_sets",
+    sa.MetaData(),
+    sa.Column("content", sa.String(80), primary_key=True),
+    sa.Column("data_set", sa.String(200), nullable=False),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +140,12 @@ class Ledger:
     Every method raises :class:`LedgerError` where the database fails: nothing may leave then.
     """
 
+    @classmethod
+    def existing(cls, url: str | None = None) -> Ledger | None:
+        """Opens a ledger; ``None`` where nobody has begun one, and none is begun."""
+        path = _file_of(url or default_url())
+        return None if path is not None and not path.exists() else cls(url)
+
     def __init__(self, url: str | None = None) -> None:
         """Opens the ledger, or begins one.
 
@@ -173,6 +185,7 @@ class Ledger:
         *,
         unit: str = "record",
         budget: Budget | None = None,
+        content: str | None = None,
     ) -> Position:
         """Writes down what is about to leave; when this returns it is durable, and the bytes may go.
 
@@ -182,10 +195,12 @@ class Ledger:
             releases: all of them, or none, are written.
             unit: whose contribution the releases bound.
             budget: of the data set.
+            content: the digest of the records, where it is known; they go by this name from now on.
 
         Raises:
             BudgetSpentError: together with all that was spent on this data set, it would be too much; nothing is
                 written.
+            ConfigError: these records go by another name.
             LedgerError: the data set's ledger is kept for another unit; or the database fails.
         """
         for name in (data_set, run):
@@ -195,6 +210,7 @@ class Ledger:
             if connection.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE is a lock already
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LEDGER_LOCK)))
             self._check_witness(connection)
+            _check_name(connection, data_set, content)
             before = _read(connection, data_set)
             _check_unit(before, data_set, unit)
             if budget is not None:
@@ -202,8 +218,20 @@ class Ledger:
             position = _position(connection)
             for release in releases:
                 position = _append(connection, position, release, {"data_set": data_set, "run": run, "unit": unit})
+            if releases and content is not None and _name_of(connection, content) is None:
+                connection.execute(sa.insert(_DATA_SETS).values(content=content, data_set=data_set))
         self._remember(position)
         return position
+
+    def name_of(self, content: str) -> str | None:
+        """By which name records of that digest stand here; ``None`` where nothing was released of them."""
+        with self._transaction("reading") as connection:
+            return _name_of(connection, content)
+
+    def check_name(self, data_set: str, content: str | None) -> None:
+        """Raises: ConfigError where the records of that digest go by another name: one data set has one budget."""
+        with self._transaction("reading") as connection:
+            _check_name(connection, data_set, content)
 
     def entries(self, data_set: str | None = None) -> list[Entry]:
         """All releases on one data set, or on all, oldest first."""
@@ -351,6 +379,23 @@ def _read(connection: sa.Connection, data_set: str | None) -> list[Entry]:
         )
         for row in connection.execute(query)
     ]
+
+
+def _name_of(connection: sa.Connection, content: str) -> str | None:
+    query = sa.select(_DATA_SETS.c.data_set).where(_DATA_SETS.c.content == content)
+    if (name := connection.execute(query).scalar_one_or_none()) is not None:
+        return str(name)
+    known = connection.execute(sa.select(_C.number).where(_C.data_set == content).limit(1)).one_or_none()
+    return None if known is None else content
+
+
+def _check_name(connection: sa.Connection, data_set: str, content: str | None) -> None:
+    name = None if content is None else _name_of(connection, content)
+    if name not in (None, data_set):
+        raise ConfigError(
+            f"privacy: these records are in the ledger already, as {name}: by another name they would have a second "
+            f'budget, and what both spend adds up in truth. Say data_set = "{name}"'
+        )
 
 
 def _check_unit(before: Sequence[Entry], data_set: str, unit: str) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Rows",
     "Table",
     "holes",
+    "labels_told",
     "treatment_name",
 ]
 
@@ -451,6 +452,17 @@ def _encrypted_holes(policy: Policy, treatment: Ckks) -> list[str]:
     if isinstance(policy.inference, Clear):
         found.append("evaluation and prediction send activations in the clear")
     return found
+
+
+def labels_told(policy: Policy) -> str:
+    """What becomes of the labels of a run whose node computes the loss (vanilla), in words."""
+    if isinstance(policy.labels, Never):
+        return "labels may not leave"
+    if isinstance(policy.labels, RandomizedLabels):
+        return "labels go to the node randomized"
+    if isinstance(policy.labels, Included):
+        return "synthetic rows go to the node with labels of their own"
+    return "labels go to the node"
 
 
 def _treatment(kind: str, value: object) -> object:

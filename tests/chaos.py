@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from client_side.checkpoints import CheckpointFile, list_checkpoints
+from client_side.durability import holds_run
 from client_side.snapshots import SnapshotStore
 from client_side.spawn import LocalNode
 from tests.chaos_job import EVERY, STATE, STEPS_PER_EPOCH, ChaosError, compare, job
@@ -280,12 +281,12 @@ class Chaos:
 
     def _resume(self) -> None:
         self._count_life()
-        if self._run.joinpath("job.json").exists():
+        if holds_run(self._state):
             if self._random.random() < self._plan.tear:
                 self._tear()
             self.tally.resumes += 1
             self._start(["--resume", str(self._run)], None)
-        else:  # killed before it wrote down what it is
+        else:  # killed before there was anything to resume
             self._start([], self._folder / "job.toml")
 
     def _finish(self) -> bool:

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import torch
 
+from tests.inside import Inside
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+ROOT: Final = Path(__file__).resolve().parents[1]
 POSTGRES_START_S: Final = 30.0
 POSTGRES_MISSING: Final = "no PostgreSQL server here (initdb and postgres): apt-get install postgresql"
 DRIVER_MISSING: Final = "no PostgreSQL driver here: pip install 'cloister[postgres]'"
@@ -38,6 +41,13 @@ def pytest_runtest_makereport(
         if NO_CUDA not in reason:
             report.outcome, report.longrepr = "failed", f"with {NO_SKIPS} set, no test may be skipped: {reason}"
     return report
+
+
+@pytest.fixture
+def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Inside:
+    """The program, called in this process and in the checkout's folder."""
+    monkeypatch.chdir(ROOT)
+    return Inside(capsys)
 
 
 @pytest.fixture(scope="session", autouse=True)

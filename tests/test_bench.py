@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gzip
 import json
@@ -27,7 +26,7 @@ from client_side.link import NodeAddress, Traffic
 from client_side.spawn import LocalNode
 from privacy.accounting import Relation, epsilon_of
 from privacy.guard import fresh_releases
-from privacy.ledger import Budget, Ledger
+from privacy.ledger import Budget
 from privacy.tables import label_releases, plan_table
 from wire.errors import ConfigError
 
@@ -302,9 +301,9 @@ def test_T10_a_trial_through_a_node_learns_and_spends_what_was_asked(tmp_path: P
         torch.nn.Identity,
     )
     by_name = {treatment.name: treatment for treatment in TREATMENTS}
-    with LocalNode(tmp_path, threads=1) as node, contextlib.closing(Ledger(f"sqlite:///{tmp_path / 'l'}")) as ledger:
+    with LocalNode(tmp_path, threads=1) as node:
         trial = privacy.Trial(subject, features, by_name["moments"], 2.0, Relation.REPLACE_ONE, 0)
-        percent = privacy.accuracy(trial, node, ledger)
+        percent = privacy.accuracy(trial, node)
 
     assert percent > 95
 

@@ -18,9 +18,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 import cloister
 from client_side.records import data_set_of
 from client_side.releases import Releases
-from privacy.accounting import Relation
+from privacy.accounting import RandomizedResponse, Relation
 from privacy.claims import claim_of
 from privacy.guard import Guard, Situation
+from privacy.ledger import Entry
 from privacy.policy import Frozen
 from privacy.tables import Records
 from wire.errors import BudgetSpentError, ConfigError, LedgerError, ReleaseRefusedError
@@ -70,6 +71,36 @@ def test_what_is_right_is_claimed(ledger: cloister.Ledger) -> None:
     found = claimed(MOMENTS, ledger, data_set="others").claim
     assert found is not None
     assert found.spent.epsilon == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sixty-2", None])
+def test_T11_a_new_name_is_no_new_budget(name: str | None, ledger: cloister.Ledger) -> None:
+    claimed(MOMENTS, ledger)
+    with pytest.raises(ConfigError, match=r'already, as sixty: .* data_set = "sixty"'):
+        claimed(MOMENTS, ledger, data_set=name)
+    others = TensorDataset(DATA.tensors[0] + 1, DATA.tensors[1])
+
+    assert claimed(MOMENTS, ledger, data_set=name, loader=DataLoader(others, 10)).claim is not None
+    assert len(ledger.data_sets()) == 2
+
+
+def test_T11_records_that_are_evaluated_through_the_node_are_told_by_their_own_name(ledger: cloister.Ledger) -> None:
+    claimed(MOMENTS, ledger)
+    digest = data_set_of(DataLoader(DATA, 10), read=False)
+    Guard(cloister.CLEAR, ledger).open_inference(digest, "later")
+
+    assert [entry.kind for entry in ledger.entries("sixty")][-1] == "inference"
+
+
+def test_units_are_a_tensor(ledger: cloister.Ledger) -> None:
+    policy = dataclasses.replace(MOMENTS, unit="patient")
+    with pytest.raises(ConfigError, match="a list; give a torch tensor"):
+        claimed(policy, ledger, units=[1] * 60)  # type: ignore[arg-type]
+
+
+def test_units_without_a_name_are_not_passed_over_in_silence(ledger: cloister.Ledger) -> None:
+    with pytest.raises(ConfigError, match='unit = "patient"'):
+        claimed(MOMENTS, ledger, units=torch.arange(60) // 3)
 
 
 def test_labels_are_not_included_where_nothing_includes_them() -> None:
@@ -200,6 +231,17 @@ def test_a_claim_is_printed_for_any_epsilon_and_never_rounded_down(
     told = float(claim.sentence.split("ε = ")[1].split(",")[0])
     assert told >= claim.spent.epsilon * (1 - 1e-5)
     assert math.isfinite(told)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [(1e-7, "1.00096 times"), (0.05, "1.053 times"), (1.0, "2.72 times")],
+)
+def test_what_a_small_epsilon_allows_is_told_and_never_as_nothing(epsilon: float, words: str) -> None:
+    event = RandomizedResponse(epsilon=epsilon, classes=2)
+    entry = Entry(1, "a", "r", 0, "labels", "randomized_response", "record", event, "")
+
+    assert f"more than {words} as likely" in claim_of([entry], delta=1e-5, relation=Relation.REPLACE_ONE).sentence
 
 
 def test_a_front_that_is_unfrozen_later_stops_the_run(ledger: cloister.Ledger) -> None:

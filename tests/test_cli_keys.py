@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import pytest
@@ -349,6 +351,70 @@ def test_results_as_json_hold_what_the_table_holds(capsys: pytest.CaptureFixture
     output.print_rows([Told("x", Path("/a"))], output.Format.JSON)
 
     assert json.loads(capsys.readouterr().out) == [{"name": "x", "place": "/a"}]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    file: str
+    sent_bytes: int
+    epsilon: float
+    loss: float | None = field(default=None, metadata={output.HEADING: "step loss"})
+    left: float | None = field(default=None, metadata={output.ABSENT: "∞"})
+
+
+FILES: Final = [File(f"step-{n:012d}.{'ab' * 32}.safetensors", 2_500_000 * n, math.inf) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_a_narrow_terminal_breaks_no_name_that_someone_may_copy(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    output.print_rows(FILES, output.Format.TABLE)
+    said = capsys.readouterr().out
+
+    assert all(file.file in said for file in FILES)
+    assert (said.count("sent bytes") == len(FILES)) == (columns == "80")
+
+
+def test_a_narrow_terminal_folds_prose_and_leaves_the_table_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    output.print_rows([Told("a word and another " * 6, Path("p" * 40))], output.Format.TABLE)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+    assert "p" * 40 in said
+    assert max(len(line) for line in said.splitlines()) <= 80
+    assert said.count("name") == 1
+
+
+def test_a_pipe_gets_every_row_on_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    output.print_rows(FILES, output.Format.TABLE)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if ".safetensors" in line]
+
+    assert rows == [[file.file, size, "MB", "∞", "-", "∞"] for file, size in zip(FILES, ("2.5", "5.0"), strict=True)]
+
+
+def test_people_read_megabytes_and_infinity_and_programs_bytes_and_the_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output.print_record(FILES[0], output.Format.TABLE)
+    told = capsys.readouterr().out
+    output.print_record(FILES[0], output.Format.JSON)
+    written = json.loads(capsys.readouterr().out)
+
+    assert re.search(r"^sent bytes +2\.5 MB$", told, re.MULTILINE)
+    assert re.search(r"^step loss +-$", told, re.MULTILINE)
+    assert re.search(r"^epsilon +∞$", told, re.MULTILINE)
+    assert re.search(r"^left +∞$", told, re.MULTILINE)
+    assert (written["sent_bytes"], written["epsilon"], written["loss"]) == (2_500_000, "infinite", None)
 
 
 def test_a_reader_who_leaves_early_is_no_error(made: Path) -> None:

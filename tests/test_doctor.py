@@ -161,6 +161,15 @@ def test_a_wrong_pin_fails_at_tls(owner: Identity, node: Identity, trust: Trust)
     assert "nothing was sent" in rows["TLS"]["advice"]
 
 
+def test_a_nodes_identity_is_no_owners_and_that_is_said_before_anybody_is_dialled(tmp_path: Path) -> None:
+    create_identity(tmp_path / "node", role="node", passphrase="of no use", kdf_cost=2)
+
+    code, rows = examine("--identity", tmp_path / "node", "--node", f"localhost:1#sha256:{'a' * 64}")
+
+    assert (code, rows["identity"]["status"]) == (1, "fail")
+    assert "is a node's, and only owners dial out" in str(rows["identity"])
+
+
 def test_where_nobody_listens_the_port_is_the_matter(owner: Identity) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))

@@ -401,9 +401,24 @@ def test_without_a_terminal_an_epoch_is_one_plain_line() -> None:
     _shown_run(ProgressDisplay(Console(file=stream, width=40)))
 
     assert stream.getvalue().splitlines() == [
-        "epoch 1/2  step 1  loss 0.5000  samples/s 640  ε -  up 1.5 kB  down 2.0 MB  node 50 %  reconnects 3",
-        "evaluated on 360 labels  loss 0.2500  accuracy 98.70 %",
+        "epoch 1/2  step 1  epoch loss 0.5000  samples/s 640  ε ∞  up 1.5 kB  down 2.0 MB  node 50 %  reconnects 3",
+        "evaluated on 360 labels  test loss 0.2500  accuracy 98.70 %",
     ]
+
+
+def test_an_epoch_that_was_broken_off_is_told_as_such() -> None:
+    stream = io.StringIO()
+    display = ProgressDisplay(Console(file=stream))
+    state, control = TrainState(epochs=6, steps_per_epoch=23, epoch=1, global_step=23), Control()
+
+    display.on_epoch_begin(state, control)
+    state.global_step = 24
+    display.on_step_end(state, control, StepEnd(24, 0.5, 64, 0.1, Traffic(0, 0, 0)))
+    state.epoch = 2
+    display.on_epoch_end(state, control, EpochEnd(2, 0.5, 64, 0.1))
+
+    assert stream.getvalue().startswith("epoch 2/6  step 24  epoch loss 0.5000")
+    assert stream.getvalue().endswith("  (the epoch is not finished)\n")
 
 
 def test_in_a_terminal_there_are_columns_and_whoever_adds_one_sees_it() -> None:
@@ -413,8 +428,12 @@ def test_in_a_terminal_there_are_columns_and_whoever_adds_one_sees_it() -> None:
     _shown_run(ProgressDisplay(console, columns=[*COLUMNS, Column("twice", 8, lambda m: f"{m.step / 2}")], live=True))
 
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-    assert "  epoch      step      loss  samples/s       ε         up       down   node  reconnects     twice\n" in text
-    assert "    1/2         1    0.5000        640       -     1.5 kB     2.0 MB   50 %           3       0.5\n" in text
+    assert (
+        "  epoch      step  epoch loss  samples/s       ε         up       down   node  reconnects     twice\n" in text
+    )
+    assert (
+        "    1/2         1      0.5000        640       ∞     1.5 kB     2.0 MB   50 %           3       0.5\n" in text
+    )
     assert stream.getvalue().rstrip().endswith("98.70 %")  # the cursor came back before
     assert stream.getvalue().count("\x1b[?25h") == 1
 
@@ -425,4 +444,4 @@ def test_in_a_narrow_terminal_the_last_columns_are_left_out() -> None:
     _shown_run(ProgressDisplay(Console(file=stream, width=40, force_terminal=True, color_system=None), live=True))
 
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()
-    assert "  epoch      step      loss  samples/s" in lines
+    assert "  epoch      step  epoch loss  samples/s" in lines

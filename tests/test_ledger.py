@@ -47,7 +47,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield server
     engine = sa.create_engine(server)
     with engine.begin() as connection:
-        connection.execute(sa.text(f"DROP TABLE IF EXISTS privacy_releases, {SCHEMA.version_table}"))
+        connection.execute(sa.text(f"DROP TABLE IF EXISTS privacy_releases, privacy_data_sets, {SCHEMA.version_table}"))
     engine.dispose()
 
 
@@ -79,6 +79,41 @@ def test_a_release_beyond_the_budget_is_refused_and_not_written(url: str) -> Non
 
         assert len(ledger.entries("a")) == 2
         ledger.spend("b", "run", [release()], budget=budget)  # another data set has a budget of its own
+
+
+def test_T11_records_that_were_released_keep_their_name(url: str) -> None:
+    with contextlib.closing(Ledger(url)) as ledger:
+        ledger.check_name("other", "sha256:1")  # nothing left yet, and any name will do
+        ledger.spend("a", "run", [release()], content="sha256:1")
+        ledger.spend("a", "run", [release()], content="sha256:2")  # it grew
+        for content in ("sha256:1", "sha256:2"):
+            with pytest.raises(ConfigError, match=r'in the ledger already, as a: .* data_set = "a"'):
+                ledger.spend("b", "run", [release()], content=content)
+        with pytest.raises(ConfigError, match="as a"):
+            ledger.check_name("sha256:1", "sha256:1")
+
+        assert ledger.name_of("sha256:1") == "a"
+        assert ledger.data_sets() == ["a"]
+
+
+def test_T11_records_that_had_no_name_keep_their_digest(url: str) -> None:
+    with contextlib.closing(Ledger(url)) as ledger:
+        ledger.spend("sha256:1", "run", [release()])
+        with pytest.raises(ConfigError, match="as sha256:1"):
+            ledger.check_name("a", "sha256:1")
+
+        assert ledger.name_of("sha256:1") == "sha256:1"
+        assert ledger.name_of("sha256:2") is None
+
+
+def test_a_ledger_is_not_begun_by_looking_for_it(file: Path) -> None:
+    assert Ledger.existing(f"sqlite:///{file}") is None
+    assert not file.exists()
+    Ledger(f"sqlite:///{file}").close()
+    found = Ledger.existing(f"sqlite:///{file}")
+
+    assert found is not None
+    found.close()
 
 
 def test_all_releases_of_one_call_are_written_or_none(url: str) -> None:

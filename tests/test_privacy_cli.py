@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from cloister.exits import ExitCode
 from cloister.main import app
+from privacy.accounting import Event
 from privacy.guard import Guard, Situation
 from privacy.ledger import Ledger
 from privacy.policy import CLEAR, Moments, Policy
@@ -195,7 +197,34 @@ def test_a_plan_refuses_what_training_would_refuse() -> None:
     assert "labels from 0 to 1" in said["said"]
 
 
+@pytest.mark.parametrize("command", [("status",), ("history", "sixty")])
+def test_T11_a_ledger_that_is_not_there_is_no_clearance(command: tuple[str, ...], folder: Path) -> None:
+    found = ran(*command, "--ledger", "sqlite:///elsewhere.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert "there is no privacy ledger sqlite:///elsewhere.sqlite" in found.output
+    assert not (folder / "elsewhere.sqlite").exists()
+
+
+def test_T11_a_plan_names_its_ledger_and_begins_none(folder: Path) -> None:
+    code, found = planned('activations = "moments"\nepsilon = 1.0')
+
+    assert code == 0
+    assert found["ledger"] == "sqlite:///ledger.sqlite"
+    assert not (folder / "ledger.sqlite").exists()
+
+
+def test_a_plan_says_where_the_noise_drowns_what_is_to_be_learnt() -> None:
+    planned('activations = "moments"\nepsilon = 1.0')
+    drowned = ran("plan", "job.toml", "--set", "privacy.epsilon=0.001")
+    clear = ran("plan", "job.toml", "--set", "privacy.epsilon=8.0")
+
+    assert "expect a model that guesses" in drowned.output
+    assert "expect a model that guesses" not in clear.output
+
+
 def test_a_status_of_nobody_is_no_clearance() -> None:
+    Ledger("sqlite:///ledger.sqlite").close()
     found = ran("status", "--data-set", "typo", "--ledger", "sqlite:///ledger.sqlite")
 
     assert found.exit_code == ExitCode.CONFIG
@@ -264,7 +293,35 @@ def test_history_tells_each_release_and_draws_what_it_came_to(folder: Path) -> N
     assert status[0]["left"] == pytest.approx(3.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("epsilon", ["-1", "0", "nan"])
+def test_a_budget_that_is_none_is_refused(epsilon: str) -> None:
+    found = ran("status", "--epsilon", epsilon, "--ledger", "sqlite:///ledger.sqlite")
+
+    assert found.exit_code == ExitCode.CONFIG
+    assert f"--epsilon {epsilon}: a budget is above 0" in found.output
+
+
+def test_every_word_of_an_event_is_explained() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "train-privately.md").read_text(encoding="utf-8")
+
+    words = [field.name.replace("_", " ") for event in get_args(Event) for field in dataclasses.fields(event)]
+    assert [word for word in words if f"`{word}`" not in page.partition("| word | means |")[2]] == []
+
+
+def test_people_read_an_infinite_epsilon_as_one_sign() -> None:
+    with contextlib.closing(Ledger("sqlite:///ledger.sqlite")) as ledger:
+        Guard(CLEAR, ledger).begin(situation(front_learns=True))
+    ledger_url = ("--ledger", "sqlite:///ledger.sqlite")
+
+    told = [ran("status", *ledger_url).output, ran("history", "sixty", *ledger_url).output]
+    written = json.loads(ran("status", "--format", "json", *ledger_url).stdout)
+
+    assert all("∞" in said and "infinite" not in said for said in told)
+    assert (written[0]["epsilon"], written[0]["left"]) == ("infinite", None)
+
+
 def test_an_unknown_data_set_is_told_and_where_to_look() -> None:
+    Ledger("sqlite:///ledger.sqlite").close()
     found = ran("history", "nobody", "--ledger", "sqlite:///ledger.sqlite")
 
     assert found.exit_code == ExitCode.CONFIG

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Final
 import pytest
 
 import cloister
+from tests.inside import Inside
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 JOB: Final = ROOT / "examples" / "digits.toml"
@@ -111,7 +113,12 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(
     stopped_at = losses(folder)[-1][0]
 
     assert code == 130
-    assert f"stopped after step {stopped_at}; go on with `cloister train --resume '{folder}'`" in said
+    finished = f"{stopped_at // 23} of {EPOCHS}"
+    assert f"stopped after step {stopped_at}, {finished} epochs finished; go on with `cloister train --resume" in said
+    assert f" --resume '{folder}'`" in said
+    assert stopped_at % 23 == 0 or f"step {stopped_at}  " in said.partition("(the epoch is not finished)")[0]
+    (listed,) = json.loads(run("runs", "list", tmp_path, "--format", "json").stdout)
+    assert (listed["step"], listed["epochs"], listed["state"]) == (stopped_at, finished, "stopped")
     assert (
         int(next((folder / "state" / "checkpoints").iterdir()).name.split(".")[0].removeprefix("step-")) <= stopped_at
     )
@@ -138,11 +145,83 @@ def test_a_finished_run_goes_on_for_more_epochs_and_keeps_its_lines(
 
 
 def test_another_optimizer_is_not_the_same_run(undisturbed: Path) -> None:
+    before = [(undisturbed / name).read_bytes() for name in ("job.json", "result.json", "model.safetensors")]
+
     refused = run("train", "--resume", undisturbed, "--set", "optimizer.lr=0.5", "--epochs", EPOCHS + 1)
 
     assert refused.returncode == 3
     assert "belongs to another run: optimizer was" in refused.stderr
     assert "lr=0.5" in refused.stderr
+    assert [(undisturbed / name).read_bytes() for name in ("job.json", "result.json", "model.safetensors")] == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "model.factory=cloister.heartbeats:model",
+            "model.factory was cloister.digits:model and is cloister.heartbeats",
+        ),
+        ("cut.front=stem.0", "middle was "),
+    ],
+)
+def test_another_model_or_cut_is_not_the_same_run(undisturbed: Path, setting: str, said: str, inside: Inside) -> None:
+    refused = inside("train", "--resume", undisturbed, "--set", setting)
+
+    assert refused.returncode == 3
+    assert f"to another run: {said}" in refused.stderr
+
+
+def test_a_model_whose_code_changed_so_that_it_cannot_be_cut_is_not_the_same_run(
+    undisturbed: Path, tmp_path: Path, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    job = json.loads((changed / "job.json").read_text())
+    (tmp_path / "mine_changed.py").write_text("from cloister.heartbeats import model\n")
+    (changed / "job.json").write_text(json.dumps(job | {"model": {"factory": "mine_changed:model", "args": {}}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    refused = inside("train", "--resume", changed)
+
+    assert refused.returncode == 3
+    assert (
+        "belong to another run: what mine_changed:model and cloister.digits:train_loader make changed" in refused.stderr
+    )
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_again(
+    node: cloister.LocalNode, tmp_path: Path, inside: Inside
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "state" / "checkpoints").mkdir(parents=True)
+    printed = inside(*training(node, folder, "--epochs", 1, "--print-job", "--format", "json"))
+    (folder / "job.json").write_text(printed.stdout)
+
+    resumed = inside("train", "--resume", folder)
+    again = inside("runs", "resume", folder)
+    started = inside(*training(node, folder, "--epochs", 1))
+
+    assert (resumed.returncode, again.returncode) == (3, 3)
+    assert "has nothing to resume: the run ended before its first checkpoint" in resumed.stderr
+    assert "start it again with the command that began it" in again.stderr
+    assert started.returncode == 0, started.stderr
+
+
+@pytest.mark.parametrize("when", ["the trainer is made", "the run begins"])
+def test_a_run_that_is_refused_before_its_first_step_leaves_nothing(
+    when: str, node: cloister.LocalNode, tmp_path: Path, inside: Inside
+) -> None:
+    folder = tmp_path / "runs" / "refused"
+    refusals = {
+        "the trainer is made": f"privacy.ledger=sqlite:///{tmp_path}",  # a folder is no ledger
+        "the run begins": "privacy.epsilon=1.0",  # of a front that learns
+    }
+
+    refused = inside(*training(node, folder, "--set", refusals[when]))
+
+    assert refused.returncode == 8, refused.stderr
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ import safetensors.torch
 import torch
 
 import cloister
-from cloister import digits
+from cloister import digits, quickstart
 from cloister.exits import ExitCode
 from cloister.jobfile import load_job
-from cloister.main import app
+from cloister.modelcard import model_card
 from cloister.runs import RunFolder
+from tests.inside import Inside
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 JOB: Final = ROOT / "examples" / "digits.toml"
@@ -48,6 +49,7 @@ RESULT: Final = [
     "epsilon",
     "delta",
     "data_set",
+    "ledger",
     "claim",
     "encryption",
     "card",
@@ -121,26 +123,6 @@ def trained(node: cloister.LocalNode, tmp_path_factory: pytest.TempPathFactory) 
     return Run(folder, ran.stderr, json.loads(ran.stdout))
 
 
-class Inside:
-    """The program without a process of its own, where only its words and its code matter: importing takes seconds."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        words = [str(argument) for argument in arguments]
-        with pytest.raises(SystemExit) as ended:
-            app(words)
-        out, err = self._capsys.readouterr()
-        return subprocess.CompletedProcess(words, int(ended.value.code or 0), out, err)
-
-
-@pytest.fixture
-def inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Inside:
-    monkeypatch.chdir(ROOT)
-    return Inside(capsys)
-
-
 def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Run) -> None:
     result = trained.result
 
@@ -150,6 +132,25 @@ def test_the_result_has_its_frozen_shape_and_the_folder_holds_it_too(trained: Ru
     assert json.loads((trained.folder / "result.json").read_text()) == result
     names = {path.name for path in trained.folder.iterdir()}
     assert names == {"model.safetensors", "model-card.md", "job.json", "metrics.jsonl", "result.json", "state"}
+
+
+def test_the_claim_is_told_once(trained: Run, node: cloister.LocalNode, inside: Inside, tmp_path: Path) -> None:
+    table = inside(*training(node, tmp_path / "run", "--epochs", 1))
+
+    assert (table.stdout + table.stderr).count(trained.result["claim"]) == 1
+    assert trained.result["claim"] not in trained.said
+
+
+def test_the_models_card_says_how_many_records_there_are_and_how_many_units(trained: Run) -> None:
+    card = (trained.folder / "model-card.md").read_text()
+    job = load_job(JOB)
+
+    counted = model_card(job, trained.result, None, records=36_864, units=1536)
+
+    assert "| records | 1,437 |" in card
+    assert "| unit of privacy | record |" in card
+    assert "| records | 36,864 |" in counted
+    assert "| unit of privacy | record, of which there are 1,536 |" in counted
 
 
 def test_the_model_equals_unsplit_training_to_the_bit(trained: Run) -> None:
@@ -212,6 +213,8 @@ def test_a_folder_that_holds_a_run_is_only_overwritten_by_force_and_the_same_job
     assert kept == "precious"
     assert forced.returncode == 0, forced.stderr
     assert trained.result["model_sha256"] in forced.stdout
+    assert re.search(r"^epsilon +∞$", forced.stdout, re.MULTILINE)
+    assert re.search(r"^bytes up +[\d.]+ MB$", forced.stdout, re.MULTILINE)
     assert json.loads((old / "job.json").read_text())["train"]["epochs"] == 2
 
 
@@ -235,6 +238,7 @@ MORE_FAILURES: Final = [
     (["cut.example=builtins:str"], ExitCode.CONFIG, "cut.example builtins:str returned str; a tensor"),
     (["cut.example=torch:zeros"], ExitCode.CONFIG, "stem"),
     (["node.identity=nowhere"], ExitCode.IDENTITY, "nowhere"),
+    (["node.identity=NODE"], ExitCode.IDENTITY, "is a node's, and only owners dial out: make your own with `cloister"),
     (["output.dir=/proc/nowhere"], ExitCode.CONFIG, "cannot write to /proc/nowhere"),
     (["output.dir=README.md"], ExitCode.CONFIG, "cannot write to README.md"),
 ]
@@ -246,7 +250,8 @@ def failing(node: cloister.LocalNode, folder: Path, settings: list[str]) -> list
     job.write_text(JOB.read_text().replace('certificate = "node/tls.crt"\n', ""))
     pinned = node.address.partition("#")[0] if settings[0].startswith("node.pin") else node.address
     known = [f"node.identity={node.owner.folder}", f"output.dir={folder / 'run'}", f"node.address={pinned}"]
-    return ["train", job, *(word for text in [*known, *settings] for word in ("--set", text))]
+    said = [text.replace("=NODE", f"={node.folder / 'node'}") for text in [*known, *settings]]
+    return ["train", job, *(word for text in said for word in ("--set", text))]
 
 
 @pytest.mark.parametrize(("settings", "code", "words"), FAILURES)
@@ -325,7 +330,9 @@ def test_one_interrupt_finishes_the_step_and_saves_the_model_so_far(
     assert result["steps"] == len(metrics(folder))
     assert result["test_loss"] is None
     assert "finishing this step, then writing a checkpoint" in err
-    assert f"stopped after step {result['steps']}; go on with `cloister train --resume {folder}`" in err
+    assert f"stopped after step {result['steps']}, {result['epochs']} of 100000 epochs finished; go on with" in err
+    assert f" `cloister train --resume {folder}`" in err
+    assert json.loads((folder / "result.json").read_text()) == result
     assert f"The model so far is in {folder / 'model.safetensors'}" in err
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == result["model_sha256"]
 
@@ -356,6 +363,27 @@ def test_two_runs_do_not_write_into_one_folder(node: cloister.LocalNode, inside:
 
     assert second.returncode == ExitCode.CONFIG
     assert f"another run is writing to {tmp_path}" in second.stderr
+
+
+def test_the_demo_writes_what_left_into_a_ledger_of_its_own(
+    inside: Inside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The demo's first half; the second, which takes longer, would write into the same ledger."""
+    ledgers: list[cloister.Ledger] = []
+
+    def stop(_node: str, _owner: object, ledger: cloister.Ledger, *_callbacks: object) -> None:
+        ledgers.append(ledger)
+        assert len(ledger.data_sets()) == 2  # trained on, and evaluated
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train_privately", stop)
+    monkeypatch.setenv("CLOISTER_LEDGER", f"sqlite:///{tmp_path / 'own' / 'privacy.sqlite'}")
+
+    ran = inside("demo", "--out", tmp_path / "model.safetensors")
+
+    assert ran.returncode == ExitCode.INTERRUPTED
+    assert "cloister-demo-" in ledgers[0].name
+    assert not (tmp_path / "own").exists()
 
 
 def owned(node: cloister.LocalNode) -> list[object]:

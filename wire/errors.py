@@ -90,6 +90,8 @@ DOMAIN: Final = "cloister.v1"
 # A status travels twice in its trailers, percent-encoded (up to 3 bytes a byte) and in base64 (4/3); gRPC takes 8 KiB.
 _MAX_MESSAGE_BYTES: Final = 1700
 
+_SILENT: Final = "the peer gave no reason; its log may, and `cloister doctor` checks the way to it"
+
 
 class CloisterError(Exception):
     """The root: whatever Cloister raises on purpose."""
@@ -252,7 +254,7 @@ _BY_REASON: Final[dict[str, type[WireError]]] = {cls.reason: cls for cls in _lea
 def status_of(error: WireError) -> grpc.Status:
     """The rich gRPC status that carries ``error`` (pass it to ``context.abort_with_status``)."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
-    status = status_pb2.Status(code=_code(error.status), message=_bounded(str(error)))
+    status = status_pb2.Status(code=_code(error.status), message=_bounded(str(error)) or _SILENT)
     status.details.add().Pack(info)
     return rpc_status.to_status(status)
 
@@ -264,7 +266,9 @@ def error_from_rpc(error: grpc.RpcError) -> CloisterError:
         The :class:`WireError` that the peer raised, where it told one; :class:`UnreachableError` where the connection
         itself failed; :class:`InternalError` for anything else. The caller raises it ``from error``.
     """
-    code, details = error.code(), _bounded(error.details() or "")
+    code = error.code()
+    said = _bounded(error.details() or "")
+    details = said if said.strip() else f"{_SILENT} (gRPC says {code.name})"
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call
     except (ValueError, DecodeError):  # no status, or one that contradicts the call's own: made up, so not believed

@@ -51,6 +51,7 @@ __all__ = [
     "CertificateFacts",
     "Identity",
     "Role",
+    "as_owner",
     "create_identity",
     "facts_of",
     "fingerprint_of",
@@ -151,6 +152,20 @@ def load_identity(folder: Path, *, check_dates: bool = True) -> Identity:
     if check_dates:
         _check_dates(certificate, folder)
     return Identity(role, address, certificate_pem, private_key_pem, fingerprint_of(certificate_pem), folder)
+
+
+def as_owner(identity: Identity) -> Identity:
+    """The same identity, for dialling out.
+
+    Raises:
+        IdentityError: It is a node's: whoever dials with it is not let in, and would not learn why.
+    """
+    if identity.role != "owner":
+        raise IdentityError(
+            f"the identity in {identity.folder} is a node's, and only owners dial out: make your own with `cloister "
+            "keys init --role owner --out DIR`, have the node trust its tls.crt, and name that folder as your identity"
+        )
+    return identity
 
 
 def load_signer(folder: Path, passphrase: str) -> LocalAccount:

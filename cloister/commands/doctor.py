@@ -19,7 +19,7 @@ from cloister.output import Format, FormatOption, print_rows
 from wire.certificates import facts_of
 from wire.channels import connect, parse_pin, parse_target, wait_ready
 from wire.errors import CloisterError, ConfigError, error_from_rpc
-from wire.identity import Identity, load_identity
+from wire.identity import Identity, as_owner, load_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,11 +112,12 @@ def _all_checks(identity: Path | None, asked: _NodeAsked | None, state_dir: Path
     loaded: Identity | None = None
     if identity is not None:
         try:
-            loaded = load_identity(identity)
+            read = load_identity(identity)
+            loaded = read if asked is None else as_owner(read)
         except CloisterError as error:
             yield _failed("identity", error)
         else:
-            yield _expiry(loaded)
+            yield _expiry(read)
     if asked is not None:
         yield from _node(asked, loaded)
 

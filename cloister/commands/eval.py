@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
@@ -29,7 +29,7 @@ from cloister.joboptions import (
     WeightsOption,
     job_from,
 )
-from cloister.output import Format, FormatOption, print_record
+from cloister.output import HEADING, Format, FormatOption, print_record
 from cloister.progress import ProgressDisplay
 from cloister.runs import remarks
 from cloister.weights import load_weights
@@ -58,7 +58,7 @@ class EvalResult:
         encrypted_layers: how many of the middle's layers the node evaluated on ciphertexts.
     """
 
-    loss: float | None
+    loss: float | None = field(metadata={HEADING: "test loss"})
     accuracy: float | None
     labels: int
     seconds: float

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -24,7 +24,7 @@ from cloister.output import Format, FormatOption, print_record, print_rows, prog
 from privacy.accounting import Event, Gaussian, Relation, SampledGaussian, epsilon_of
 from privacy.claims import claim_of, told
 from privacy.guard import fresh_releases
-from privacy.ledger import Budget, Entry, Ledger, Release
+from privacy.ledger import Budget, Entry, Ledger, Release, default_url
 from privacy.policy import Aggregate, Ckks, Moments, Policy, holes
 from privacy.tables import check_labels, check_records, label_releases, plan_table, sums_noise
 from wire.errors import ConfigError
@@ -32,6 +32,8 @@ from wire.errors import ConfigError
 __all__ = ["HistoryLine", "PlanLine", "StatusLine", "app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+
+_DROWNED: Final = 0.01  # of signal to noise: ten classes are then guessed little better than by chance
 
 LedgerOption = Annotated[
     str | None,
@@ -63,9 +65,9 @@ class StatusLine:
     unit: str
     runs: int
     releases: int
-    epsilon: float | str
-    other_epsilon: float | str
-    left: float | str | None
+    epsilon: float
+    other_epsilon: float
+    left: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ class HistoryLine:
     kind: str
     treatment: str
     event: str
-    epsilon: float | str
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class PlanLine:
     treatment: str
     noise: float | None
     times: int
-    epsilon: float | str
+    epsilon: float
     signal_to_noise: float | None
 
 
@@ -119,6 +121,7 @@ class _Summary:
         spent_after: with this job.
         budget: ε that may be spent.
         fits: whether the job stays within it.
+        ledger: in which all that is written down.
     """
 
     data_set: str
@@ -127,10 +130,11 @@ class _Summary:
     units: int
     relation: str
     delta: float
-    spent_before: float | str
-    spent_after: float | str
-    budget: float | str
+    spent_before: float
+    spent_after: float
+    budget: float
     fits: bool
+    ledger: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +159,14 @@ def status(
 ) -> None:
     """Show what was spent on each data set, by all runs together.
 
+    epsilon is told under --relation, other epsilon under the other relation: two ways to say what was spent, which
+    never add up. ε is ∞ where something left in the clear. left is what is left of --epsilon.
+
     Example: [bold]cloister privacy status --epsilon 4[/]
     """
-    book = Ledger(ledger)
+    if epsilon is not None and not epsilon > 0:  # nor NaN
+        raise ConfigError(f"--epsilon {epsilon:g}: a budget is above 0, such as 4")
+    book = _opened(ledger)
     names = book.data_sets()
     if data_set is not None:
         if data_set not in names:
@@ -185,9 +194,13 @@ def history(
 ) -> None:
     """Show every release on a data set, and how ε grew.
 
+    event is what a release counts as: how far one unit can move it (sensitivity), the standard deviation of the noise
+    on it (noise), and how often it was made (count); or the rate, noise multiplier and steps of sums over secret
+    samples; or the reason why no ε covers it. docs/how-to/train-privately.md explains each word.
+
     Example: [bold]cloister privacy history cohort-2024 --plot spent.png[/]
     """
-    book = Ledger(ledger)
+    book = _opened(ledger)
     book.verify()
     entries = book.entries(data_set)
     if not entries:
@@ -230,6 +243,22 @@ def _print(found: Plan) -> None:
         print_rows(found.releases, fmt)
     for hole in found.holes:
         typer.echo(f"no finite ε: {hole}")
+    signals = [line.signal_to_noise for line in found.releases if line.signal_to_noise is not None]
+    if signals and min(signals) < _DROWNED:
+        typer.echo(
+            f"The signal is {min(signals):g} of the noise: expect a model that guesses. A larger ε helps, a front with "
+            "fewer outputs, or a treatment that noises sums over many records (moments, aggregate)."
+        )
+
+
+def _opened(url: str | None) -> Ledger:
+    """The ledger that is there: looking must not begin one, which would say that nothing was released."""
+    if (book := Ledger.existing(url)) is None:
+        raise ConfigError(
+            f"there is no privacy ledger {url or default_url()}: nothing was released through it. Training begins it; "
+            "another one is named by --ledger, or CLOISTER_LEDGER"
+        )
+    return book
 
 
 def _unknown(book: Ledger, data_set: str) -> ConfigError:
@@ -254,7 +283,10 @@ def planned(job: Job) -> Plan:
         raise ConfigError(f'privacy: unit = "{policy.unit}"; say whose each record is (units = "my_data:patients")')
     units = records if whose is None else len(set(whose.tolist()))
     width = sum(math.prod(spec.shape) for spec in made.program.inputs)
-    before = [entry.event for entry in Ledger(job.privacy.ledger).entries(name)]
+    book = Ledger.existing(job.privacy.ledger)
+    if book is not None:
+        book.check_name(name, data_set_of(loader, read=False))
+    before = [] if book is None else [entry.event for entry in book.entries(name)]
     gaps = holes(
         policy,
         vanilla=made.head is None,
@@ -282,6 +314,7 @@ def planned(job: Job) -> Plan:
         fits=after <= policy.epsilon * (1 + 1e-9),
         releases=[_plan_line(release, policy, units, width) for release in releases],
         holes=gaps,
+        ledger=(job.privacy.ledger or default_url()) if book is None else book.name,
     )
 
 
@@ -364,9 +397,8 @@ def _history(entry: Entry, total: float) -> HistoryLine:
     )
 
 
-def _shown(epsilon: float) -> float | str:
-    """JSON has no infinity."""
-    return "infinite" if math.isinf(epsilon) else round(epsilon, 4)
+def _shown(epsilon: float) -> float:
+    return round(epsilon, 4)
 
 
 def _draw(path: Path, data_set: str, totals: Sequence[float], delta: float, relation: Relation) -> None:
@@ -379,7 +411,7 @@ def _draw(path: Path, data_set: str, totals: Sequence[float], delta: float, rela
     finite = [total for total in totals if math.isfinite(total)]
     axes.step(range(1, len(finite) + 1), finite, where="post", color="#1f5fa8", linewidth=2)
     if len(finite) < len(totals):
-        axes.axvline(len(finite) + 1, color="#b03030", linestyle="--", label="in the clear from here: ε is infinite")
+        axes.axvline(len(finite) + 1, color="#b03030", linestyle="--", label="in the clear from here: ε = ∞")
         axes.legend()
     axes.set(xlabel="release", ylabel="ε spent", ylim=(0, None), title=f"{data_set[:40]}  (δ = {delta:g}, {relation})")
     axes.grid(alpha=0.3)

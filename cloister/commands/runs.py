@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,9 +18,9 @@ from client_side.checkpoints import list_checkpoints
 from client_side.durability import Checkpoints, Run
 from client_side.journal import CheckpointEntry, Event, Journal
 from cloister.commands.train import train_job
-from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
-from cloister.output import Format, FormatOption, print_record, print_rows
-from cloister.runs import JOB_FILE, METRICS_FILE, RESULT_FILE, RESULT_FILES, last_step, state_of
+from cloister.joboptions import IdentityOption, NodeOption, SetOption
+from cloister.output import HEADING, Format, FormatOption, print_record, print_rows
+from cloister.runs import JOB_FILE, METRICS_FILE, RESULT_FILE, RESULT_FILES, last_step, resumed_job, state_of
 from wire.errors import CheckpointError, ConfigError
 
 __all__ = ["RunLine", "app"]
@@ -49,10 +49,10 @@ class RunLine:
     run: Path
     state: str
     step: int
-    epochs: str
-    loss: float | None
+    epochs: str = field(metadata={HEADING: "epochs finished"})
+    loss: float | None = field(metadata={HEADING: "step loss"})
     checkpoint: int | None
-    mb: float
+    mb: float = field(metadata={HEADING: "MB"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +113,7 @@ def resume(
 
     Example: [bold]cloister runs resume runs/digits[/]
     """
-    _job_of(run)
-    job = job_from(run / JOB_FILE, settings, node=node, identity=identity, epochs=epochs, out=run)
+    job = resumed_job(run, settings, node=node, identity=identity, epochs=epochs)
     train_job(job, fmt, force=False, resume=True)
 
 

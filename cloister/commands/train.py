@@ -6,29 +6,41 @@ import dataclasses
 import math
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from client_side.callbacks import Evaluation, TrainState
 from client_side.cutting import Cut
 from client_side.durability import holds_run
 from client_side.trainer import Trainer
-from cloister.assembly import cut_model, first_inputs, greet_node, make_loader, make_model, new_trainer, owner_of
+from cloister.assembly import (
+    cut_model,
+    first_inputs,
+    greet_node,
+    make_loader,
+    make_model,
+    new_trainer,
+    owner_of,
+    units_of,
+)
 from cloister.exits import ExitCode
 from cloister.jobfile import to_json, to_toml
 from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
 from cloister.jobs import Job
 from cloister.modelcard import model_card
-from cloister.output import Format, FormatOption, print_record
+from cloister.output import ABSENT, HEADING, Format, FormatOption, clean, print_record
 from cloister.progress import ProgressDisplay
-from cloister.runs import CARD_FILE, JOB_FILE, MODEL_FILE, Interruption, RunFolder, remarks
+from cloister.runs import CARD_FILE, MODEL_FILE, Interruption, RunFolder, changed_since, remarks, resumed_job
 from cloister.weights import save_weights
 from privacy.ckks.settings import EncryptionSettings
 from privacy.claims import Claim
-from wire.errors import CloisterError, ConfigError
+from privacy.policy import Policy, labels_told
+from wire.errors import CheckpointError, CloisterError, ConfigError, CutError
 
 __all__ = ["TrainResult", "app", "train_job"]
 
@@ -42,8 +54,8 @@ class TrainResult:
     Attributes:
         epochs: finished ones.
         steps: finished ones.
-        final_loss: the last epoch's mean; nothing where it is no number.
-        test_loss: over ``data.test``, where there is one.
+        final_loss: the epoch loss (the mean over its rows) of the last epoch; nothing where it is no number.
+        test_loss: the mean over ``data.test``, where there is one.
         test_accuracy: 0 to 1, where labels are classes.
         seconds: from the session's opening to the trained middle's return.
         samples_per_second: while training, from the second step on: the first opens the session.
@@ -56,6 +68,7 @@ class TrainResult:
         epsilon: spent on the data set by all runs so far, this one included; nothing where none may be claimed.
         delta: that goes with it.
         data_set: what the training data is called in the privacy ledger.
+        ledger: where that ledger is.
         claim: what may be said of the data set's privacy.
         encryption: what the middle was encrypted with, where it was.
         card: the model's card: what it is, what was spent on it and what that rests on.
@@ -64,7 +77,7 @@ class TrainResult:
 
     epochs: int
     steps: int
-    final_loss: float | None
+    final_loss: float | None = field(metadata={HEADING: "epoch loss"})
     test_loss: float | None
     test_accuracy: float | None
     seconds: float
@@ -75,9 +88,10 @@ class TrainResult:
     model: Path
     model_sha256: str
     program_sha256: str
-    epsilon: float | None
+    epsilon: float | None = field(metadata={ABSENT: "∞"})
     delta: float | None
     data_set: str | None
+    ledger: str | None
     claim: str | None
     encryption: EncryptionSettings | None
     card: Path
@@ -147,12 +161,16 @@ def train_job(job: Job, fmt: Format, *, force: bool, resume: bool) -> None:
             if holds_run(folder.state):
                 display.say(f"the run stands at its newest checkpoint; go on with `{again}`")
             raise
-    print_record(result, fmt)
-    for line in () if claim is None else claim.lines():
-        display.say(line)
+    print_record(result, fmt, leave_out=["claim"])
+    if claim is not None and fmt is Format.TABLE:  # JSON has it among the result
+        typer.echo(clean("\n".join(claim.lines())))
     if result.interrupted:
-        display.say(f"stopped after step {result.steps}; go on with `{again}`. The model so far is in {result.model}")
+        display.say(f"{_stopped(job, result)}; go on with `{again}`. The model so far is in {result.model}")
         raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+def _stopped(job: Job, result: TrainResult) -> str:
+    return f"stopped after step {result.steps}, {result.epochs} of {job.train.epochs} epochs finished"
 
 
 def _job(job_file: Path | None, resume: Path | None, settings: list[str] | None, **shorthands: object) -> Job:
@@ -162,22 +180,20 @@ def _job(job_file: Path | None, resume: Path | None, settings: list[str] | None,
         return job_from(job_file, settings, **shorthands)
     if job_file is not None or shorthands["out"] is not None:
         raise typer.BadParameter("a run that is resumed has its own job and folder: leave out JOB.toml and --out")
-    if not (resume / JOB_FILE).exists():
-        raise ConfigError(f"{resume} holds no run: `cloister runs list` shows those that there are")
-    # Where the folder is now, wherever it was written.
-    return job_from(resume / JOB_FILE, settings, **{**shorthands, "out": resume})
+    return resumed_job(resume, settings, **shorthands)
 
 
 def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool) -> tuple[TrainResult, Claim | None]:
     owner = owner_of(job)
     display.say(greet_node(job, owner))
     model = make_model(job)
-    made = cut_model(job, model, first_inputs(job, "train"))
-    display.say(_shares(made))
+    made = _cut(job, model, folder, resume=resume)
+    display.say(_shares(made, job.privacy.policy()))
     loader = make_loader(job, "train")
     with Interruption(display) as interruption:
         callbacks = [folder, interruption, display]
-        folder.begin()
+        if not resume:  # which is written down once its checkpoint is known to be of the same run
+            folder.begin()
         with new_trainer(job, made, owner, callbacks, job.checkpoint.plan(folder.state)) as trainer:
             began = time.perf_counter()
             trainer.fit(loader, job.train.epochs, resume=resume)
@@ -204,14 +220,42 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
             epsilon=None if claim is None else _finite(claim.spent.epsilon),
             delta=None if claim is None else claim.spent.delta,
             data_set=trainer.guard.data_set,
+            ledger=trainer.guard.ledger,
             claim=None if claim is None else claim.sentence,
             encryption=trainer.encryption,
             card=folder.path / CARD_FILE,
             interrupted=interrupted,
         )
         values = dataclasses.asdict(result)
-        folder.finish(values, model_card(job, values, claim, result.encryption))
+        card = model_card(job, values, claim, result.encryption, records=_records(loader), units=_units(job))
+        folder.finish(values, card)
     return result, claim
+
+
+def _cut(job: Job, model: nn.Module, folder: RunFolder, *, resume: bool) -> Cut:
+    try:
+        return cut_model(job, model, first_inputs(job, "train"))
+    except (ConfigError, CutError) as error:
+        if not resume:
+            raise
+        why = (
+            "; ".join(changed_since(job, folder.path)) or f"what {job.model.factory} and {job.data.train} make changed"
+        )
+        raise CheckpointError(
+            f"the checkpoints in {folder.path} belong to another run: {why}, and cannot be cut as that run's model was "
+            f"({error}). Take back the change, or start a new run in another folder"
+        ) from error
+
+
+def _records(loader: object) -> int | None:
+    data = getattr(loader, "dataset", None)
+    return len(data) if isinstance(data, Sized) else None
+
+
+def _units(job: Job) -> int | None:
+    """How many there are, where the job says whose each record is."""
+    whose = units_of(job)
+    return None if whose is None else len(set(whose.tolist()))
 
 
 def _test(job: Job, trainer: Trainer) -> Evaluation | None:
@@ -227,10 +271,10 @@ def _finite(number: float) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-def _shares(made: Cut) -> str:
+def _shares(made: Cut, policy: Policy) -> str:
     """Who holds how much of the model."""
     own = sum(p.numel() for p in made.owner_parameters())
     given = sum(p.numel() for p in made.middle.parameters())
     share = given / (own + given) if own + given else 0.0
-    shape = "vanilla: labels go to the node" if made.head is None else "U-shaped: labels stay here"
+    shape = f"vanilla: {labels_told(policy)}" if made.head is None else "U-shaped: labels stay here"
     return f"model {own + given:,} parameters, {share:.0%} of them on the node ({shape})".replace("%", " %")
