@@ -7,7 +7,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import safetensors.torch
 import torch
@@ -120,7 +120,7 @@ def mixing(cut: Cut, loader: object, *, training: bool) -> str:
     mixers = [name for name, part in cut.head.named_modules() if isinstance(part, _BatchNorm)] if cut.head else []
     if training and mixers:
         return f"the head's {mixers[0] or 'batch-norm'} mixes the records of a batch: take GroupNorm"
-    *inputs, _ = next(iter(_in_order(loader)))
+    *inputs, _ = next(iter(_in_order(loader) if hasattr(loader, "dataset") else cast("Iterable[Any]", loader)))
     if len(inputs[0]) < 2:  # noqa: PLR2004 - one record mixes with none
         return ""
     device = next((p.device for p in cut.owner_parameters()), torch.device("cpu"))

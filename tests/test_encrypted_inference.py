@@ -147,7 +147,7 @@ def test_one_layer_is_evaluated_under_encryption_within_the_derived_bound(
         made = trainer.predict(records())
 
     bound = within(model, 2048, model.mid)
-    error = float((made - model(records())).abs().max())
+    error = float((made - model(records())).detach().abs().max())
     assert 0 < error < bound < 1e-3
     assert error > bound / 1000  # a bound that says nothing would hold as well
 
@@ -270,7 +270,7 @@ def test_evaluation_is_that_of_the_clear_and_follows_training(
             found, here = trainer.evaluate(loader()), _here(trainer)
 
             assert found.loss == pytest.approx(here[0], abs=1e-4)
-            assert found.accuracy == pytest.approx(here[1], abs=1e-9)
+            assert found.accuracy == pytest.approx(here[1], abs=1e-6)
         assert found.loss < before.loss - 0.05
         assert trainer.traffic.up > 0
 
@@ -290,7 +290,7 @@ def test_a_run_under_encryption_evaluates_over_its_own_session_with_its_clip(
     ledger: cloister.Ledger,
     send_weights: bool,  # noqa: FBT001
 ) -> None:
-    treatment = Ckks(clip=1.5, send_weights=send_weights)
+    treatment = Ckks(clip=0.5, send_weights=send_weights)
     found = []
     for inference in (CkksInference(), cloister.Never()):
         policy = Policy(activations=treatment, inference=inference)
@@ -300,7 +300,7 @@ def test_a_run_under_encryption_evaluates_over_its_own_session_with_its_clip(
             norms = trainer.cut.front(records()).norm(dim=1)
             assert trainer._inferring is None
 
-    assert norms.min() > 1.5  # so that the clip is what makes the numbers
+    assert norms.min() > 0.5  # so that the clip is what makes the numbers
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-3)
 
 
@@ -404,11 +404,11 @@ def _shifted(_: Any, response: Any) -> None:
 @pytest.mark.parametrize(
     "forgery",
     [
-        (_of_the_key, CloisterError, ""),
+        (_of_the_key, CloisterError, "."),
         (_Earlier(), TamperingSuspectedError, "what it sent is in"),
-        (_Earlier(layer=1), TamperingSuspectedError, ""),
+        (_Earlier(layer=1), TamperingSuspectedError, "."),
         (_transparent, MessageRejectedError, "transparent"),
-        (_shifted, CloisterError, ""),
+        (_shifted, CloisterError, "."),
         (lambda _, r: r.ClearField("ciphertexts"), MessageRejectedError, "no ciphertexts"),
         (lambda _, r: r.tensors.add(), MessageRejectedError, "told tensors"),
         (lambda _, r: setattr(r.ciphertexts, "count", 2**31), MessageRejectedError, "expected"),
@@ -519,7 +519,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.unflatten(1, (4, 4))
-        made: torch.Tensor = (torch.softmax(tokens @ self.keys(tokens).mT, -1) @ self.values(tokens)).flatten(1)
+        made: torch.Tensor = (
+            torch.softmax(tokens @ self.keys(tokens).transpose(1, 2), -1) @ self.values(tokens)
+        ).flatten(1)
         return made
 
 
@@ -533,13 +535,22 @@ class Centred(nn.Module):
         return made
 
 
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, HIDDEN))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, 2 * self.weight)
+
+
 @pytest.mark.parametrize(
     ("middle", "why"),
     [
         (nn.ReLU(), "has a linear or convolution layer"),
         (Attention(), "aten::matmul.default is neither .* move the cut"),
         (Centred(), "several rows of a batch together"),
-        (nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.utils.parametrizations.weight_norm(nn.Linear(HIDDEN, 2))), "anew"),
+        (nn.Sequential(nn.Linear(HIDDEN, HIDDEN), Doubled()), "anew"),
     ],
 )
 def test_middles_that_do_not_fit_are_refused_with_what_to_do(

@@ -122,7 +122,10 @@ class Secrets:
     sums: list[tuple[Any, Any]] = field(default_factory=list)
 
     def keep(self, what: str, *arrays: Any) -> None:
-        found = [np.array(a.detach() if isinstance(a, torch.Tensor) else a, dtype=np.float64) for a in arrays]
+        found = [
+            (a.detach().double().numpy().copy() if isinstance(a, torch.Tensor) else np.array(a, dtype=np.float64))
+            for a in arrays
+        ]
         self.numbers.setdefault(what, []).extend(found)
 
 
@@ -310,16 +313,22 @@ def _forms(values: Any) -> Iterator[tuple[str, Any]]:
         yield name, np.ascontiguousarray(windows).view(np.uint64).reshape(-1)
 
 
+def _any_in(pattern: Any, there: Any) -> bool:
+    """Whether one of the numbers is among those, which are in order."""
+    at = np.searchsorted(there, pattern).clip(max=len(there) - 1)
+    return bool((there[at] == pattern).any())
+
+
 def _shown(pieces: list[bytes], secrets: Secrets) -> Iterator[str]:
     """Secrets that stand in the clear somewhere, at whatever place."""
     joined = bytes(8).join(pieces)
     at_each = [np.frombuffer(joined[at : at + (len(joined) - at) // 8 * 8], dtype="<u8") for at in range(8)]
-    there = np.unique(np.concatenate(at_each))
+    there = np.sort(np.concatenate(at_each))  # quicker than np.unique, by far
     for what, arrays in secrets.numbers.items():
         for form, pattern in (each for array in arrays for each in _forms(array)):
-            if np.isin(pattern, there).any():
+            if _any_in(pattern, there):
                 yield f"{what} as {form}"
-    if any(np.isin(np.frombuffer(key, dtype="<u8"), there).any() for key in secrets.keys):
+    if any(_any_in(np.frombuffer(key, dtype="<u8"), there) for key in secrets.keys):
         yield "a step's key"
     small = bytes(8).join(piece for piece in pieces if len(piece) < 256)  # four bytes are found in any megabyte
     for what, value in ((what, value) for what, values in secrets.scalars.items() for value in values):

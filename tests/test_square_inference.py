@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -68,9 +69,13 @@ front = "front"
 head = "head"
 [data]
 train = "square_factories:loader"
+[train]
+epochs = 1
 [optimizer]
 name = "sgd"
 lr = 0.1
+[output]
+dir = "run"
 [privacy]
 activations = "clear"
 inference = {{ treatment = "ckks_square", row_norm = 4.0 }}
@@ -78,6 +83,9 @@ inference = {{ treatment = "ckks_square", row_norm = 4.0 }}
 address = "{address}"
 identity = "{identity}"
 """
+
+
+ROWS_OF_TWO: Final = 6_000  # do not go into one exchange
 
 
 class Square(nn.Module):
@@ -202,7 +210,7 @@ def test_T10_T18_nothing_goes_up_but_ciphertexts(
 def test_evaluation_follows_training_of_the_same_middle(node: cloister.LocalNode, tmp_path: Path) -> None:
     model = Net()
     data = TensorDataset(records(128), torch.arange(128) % CLASSES)
-    parts = dict.fromkeys(("activations", "labels", "gradients", "front", "head"), Clear())
+    clear = dataclasses.replace(cloister.CLEAR, inference=SQUARE)
     cut = cloister.cut(model, front="front", head="head", example=torch.randn(4, FEATURES))
     with (
         contextlib.closing(cloister.Ledger(f"sqlite:///{tmp_path / 'privacy.sqlite'}")) as ledger,
@@ -210,7 +218,7 @@ def test_evaluation_follows_training_of_the_same_middle(node: cloister.LocalNode
             cut,
             node=node.address,
             identity=node.owner,
-            policy=Policy(**parts, inference=SQUARE),
+            policy=clear,
             optimizer=cloister.SGD(lr=0.1),
             ledger=ledger,
         ) as trainer,
@@ -267,7 +275,7 @@ def test_T17_T18_forged_answers_end_the_prediction(
     node: cloister.LocalNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, error: type[Exception]
 ) -> None:
     forged(monkeypatch, change)
-    batches = [(part,) for part in torch.split(records(4000), 2000)]
+    batches = [(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]
 
     with predicting(node, Net(), tmp_path) as trainer, pytest.raises(error):
         list(trainer.predictions(batches))
@@ -277,7 +285,7 @@ def test_T17_T18_what_was_sent_and_answered_is_kept_and_no_number_is_told(
     node: cloister.LocalNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forged(monkeypatch, _Earlier())
-    batches = [(part,) for part in torch.split(records(4000), 2000)]
+    batches = [(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]
 
     with predicting(node, Net(), tmp_path) as trainer, pytest.raises(TamperingSuspectedError) as told:
         list(trainer.predictions(batches))
@@ -298,7 +306,7 @@ def test_T17_without_the_checks_another_answer_would_pass(
     monkeypatch.setattr(SquareBatch, "results", unchecked)
 
     with predicting(node, Net(), tmp_path) as trainer:
-        made = list(trainer.predictions([(part,) for part in torch.split(records(4000), 2000)]))
+        made = list(trainer.predictions([(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]))
 
     assert [len(part) for part in made] == [2000, 2000]
 

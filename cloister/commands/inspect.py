@@ -165,8 +165,9 @@ def inspect(
         print_record(inspection, fmt)
         return
     print_rows([_row(cost) for cost in inspection.cuts], fmt, styles={_RECOMMENDED: "bold green", _IMPOSSIBLE: "dim"})
-    typer.echo(clean(_advice(inspection, best)))
+    typer.echo(clean(_legend(inspection)))
     _print_encryption(inspection)
+    typer.echo(clean(_advice(inspection, best)))
 
 
 def _inputs(model: str, example: str | None, shapes: list[str], dtypes: list[str]) -> tuple[torch.Tensor, ...]:
@@ -312,16 +313,18 @@ def _short(number: float) -> str:
     return f"{scaled:.{0 if not step or scaled >= 100 else 1}f}{prefixes[step]}"  # noqa: PLR2004 -- three digits
 
 
-def _advice(inspection: Inspection, best: Candidate | None) -> str:
+def _legend(inspection: Inspection) -> str:
     lines = [
         "Parameters, and work in operations: here/on the node. Bytes: up/down. Work and bytes: for a sample and step.",
         f"Link: a batch of {inspection.batch} at {inspection.link_mbit:g} Mbit/s.",
     ]
     lines += [f"Not behind {cost.front}: {cost.reason}" for cost in inspection.cuts if not cost.possible]
+    return "\n".join(lines)
+
+
+def _advice(inspection: Inspection, best: Candidate | None) -> str:
     if best is None:
-        return "\n".join(
-            [*lines, "No front of this model leaves the node anything to train: give it three parts by hand."]
-        )
-    lines += [f"Recommended: {best.owner_share:.1%} of the work stays here. For a job file:", ""]
+        return "No front of this model leaves the node anything to train: give it three parts by hand."
+    lines = [f"Recommended: {best.owner_share:.1%} of the work stays here. For a job file:", ""]
     lines += ["[model]", f'factory = "{inspection.model}"', "", "[cut]", f'front = "{best.front}"']
     return "\n".join(lines if inspection.head is None else [*lines, f'head = "{inspection.head}"'])

@@ -129,7 +129,11 @@ def _treatment(best: CutLeakage) -> tuple[str, tuple[str, ...]]:
         return ("freeze the front; then " if best.front_trains else "") + named, (_HIDDEN, *steered)
     noised = () if rows is None else ("With the noise that was given, an attack still reconstructs: it is too little.",)
     if best.front_trains:
-        return "freeze the front and use moments; or ckks, where the middle is one linear layer", (*noised, _CLEAR, *steered)
+        return "freeze the front and use moments; or ckks, where the middle is one linear layer", (
+            *noised,
+            _CLEAR,
+            *steered,
+        )
     return "moments or aggregate", (*noised, _CLEAR, _FIXED)
 
 
