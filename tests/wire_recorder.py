@@ -98,9 +98,9 @@ class Recorder:
         self._connections.append(connection)
         with contextlib.suppress(OSError, ssl.SSLError, asyncio.CancelledError):
             there = await asyncio.open_connection("localhost", self._port, ssl=self._outward, server_hostname="node")
-            ways = [_pass_on(reader, there[1], connection.up), _pass_on(there[0], writer, connection.down)]
-            await asyncio.wait([asyncio.ensure_future(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
-            there[1].close()
+            with contextlib.closing(there[1]):
+                ways = [_pass_on(reader, there[1], connection.up), _pass_on(there[0], writer, connection.down)]
+                await asyncio.wait([asyncio.ensure_future(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
         writer.close()
 
 
@@ -169,8 +169,10 @@ def read(recorded: list[tuple[bytes, bytes]]) -> Wire:
         methods: dict[int, str] = {}
         wire.total += len(up) + len(down)
         if up[: len(_PREFACE)] != _PREFACE:
-            if up or down:
+            if up:
                 wire.odd.append(f"a connection that begins with {up[:8]!r}")
+            else:  # given up before its owner said a word; the node had begun to greet
+                wire._counted["HTTP/2"] += len(down)
             continue
         wire._counted["HTTP/2"] += len(_PREFACE)
         for way, data in ((UP, up[len(_PREFACE) :]), (DOWN, down)):
