@@ -202,7 +202,7 @@ def test_T10_T18_nothing_goes_up_but_ciphertexts(
 def test_evaluation_follows_training_of_the_same_middle(node: cloister.LocalNode, tmp_path: Path) -> None:
     model = Net()
     data = TensorDataset(records(128), torch.arange(128) % CLASSES)
-    parts = dict.fromkeys(("activations", "labels", "gradients", "front", "head"), Clear())
+    parts: dict[str, Any] = dict.fromkeys(("activations", "labels", "gradients", "front", "head"), Clear())
     cut = cloister.cut(model, front="front", head="head", example=torch.randn(4, FEATURES))
     with (
         contextlib.closing(cloister.Ledger(f"sqlite:///{tmp_path / 'privacy.sqlite'}")) as ledger,
