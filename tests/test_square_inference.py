@@ -68,6 +68,10 @@ front = "front"
 head = "head"
 [data]
 train = "square_factories:loader"
+[train]
+epochs = 1
+[output]
+dir = "run"
 [optimizer]
 name = "sgd"
 lr = 0.1
