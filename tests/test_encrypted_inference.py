@@ -160,7 +160,7 @@ def test_a_deeper_middle_is_evaluated_layer_by_layer_within_the_composed_bound(
         made = trainer.predict(records())
 
     bound = within(model, 2048, *(m for m in model.mid.children() if isinstance(m, nn.Linear)))
-    assert 0 < float((made - model(records())).abs().max()) < bound < 1e-2
+    assert 0 < float((made - model(records())).detach().abs().max()) < bound < 1e-2
 
 
 @pytest.mark.parametrize("middle", [convolutional, Residual])
@@ -404,11 +404,11 @@ def _shifted(_: Any, response: Any) -> None:
 @pytest.mark.parametrize(
     "forgery",
     [
-        (_of_the_key, CloisterError, "."),
+        (_of_the_key, CloisterError, None),
         (_Earlier(), TamperingSuspectedError, "what it sent is in"),
-        (_Earlier(layer=1), TamperingSuspectedError, "."),
+        (_Earlier(layer=1), TamperingSuspectedError, None),
         (_transparent, MessageRejectedError, "transparent"),
-        (_shifted, CloisterError, "."),
+        (_shifted, CloisterError, None),
         (lambda _, r: r.ClearField("ciphertexts"), MessageRejectedError, "no ciphertexts"),
         (lambda _, r: r.tensors.add(), MessageRejectedError, "told tensors"),
         (lambda _, r: setattr(r.ciphertexts, "count", 2**31), MessageRejectedError, "expected"),
@@ -420,7 +420,7 @@ def test_T17_T18_forged_answers_end_the_prediction(
     node: cloister.LocalNode,
     ledger: cloister.Ledger,
     monkeypatch: pytest.MonkeyPatch,
-    forgery: tuple[Any, type[CloisterError], str],
+    forgery: tuple[Any, type[CloisterError], str | None],
 ) -> None:
     change, error, why = forgery
     _forged(monkeypatch, change)

@@ -85,9 +85,6 @@ identity = "{identity}"
 """
 
 
-ROWS_OF_TWO: Final = 6_000  # do not go into one exchange
-
-
 class Square(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.square(x)
@@ -275,7 +272,7 @@ def test_T17_T18_forged_answers_end_the_prediction(
     node: cloister.LocalNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, error: type[Exception]
 ) -> None:
     forged(monkeypatch, change)
-    batches = [(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]
+    batches = [(part,) for part in torch.split(records(9000), 4500)]
 
     with predicting(node, Net(), tmp_path) as trainer, pytest.raises(error):
         list(trainer.predictions(batches))
@@ -285,7 +282,7 @@ def test_T17_T18_what_was_sent_and_answered_is_kept_and_no_number_is_told(
     node: cloister.LocalNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forged(monkeypatch, _Earlier())
-    batches = [(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]
+    batches = [(part,) for part in torch.split(records(9000), 4500)]
 
     with predicting(node, Net(), tmp_path) as trainer, pytest.raises(TamperingSuspectedError) as told:
         list(trainer.predictions(batches))
@@ -306,9 +303,9 @@ def test_T17_without_the_checks_another_answer_would_pass(
     monkeypatch.setattr(SquareBatch, "results", unchecked)
 
     with predicting(node, Net(), tmp_path) as trainer:
-        made = list(trainer.predictions([(part,) for part in torch.split(records(ROWS_OF_TWO), ROWS_OF_TWO // 2)]))
+        made = list(trainer.predictions([(part,) for part in torch.split(records(9000), 4500)]))
 
-    assert [len(part) for part in made] == [2000, 2000]
+    assert [len(part) for part in made] == [4500, 4500]
 
 
 def test_rows_longer_than_was_said_are_refused_before_they_leave(
