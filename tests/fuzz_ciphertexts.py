@@ -259,7 +259,8 @@ def _key_extraction(m: Message, f: Fodder) -> None:
 def _key_below_an_answer(m: Message, f: Fodder) -> None:
     words = _words(m, f)
     number = f.below(words.shape[1])
-    words[-1, number] = (words[-1, number] + np.uint64(1 + f.below(2**20))) % np.uint64(RING.modulus)
+    amplitude = 2**32 + f.below(2**32)  # far above what a result may err by, and far below the largest one
+    words[-1, number] = (words[-1, number] + np.uint64(amplitude)) % np.uint64(RING.modulus)
     _with_words(m, words)
 
 

@@ -496,7 +496,7 @@ def test_T17_swapped_replayed_shifted_and_rescaled_answers_are_found_out(workers
     negated = (moduli - exchange.answer) % moduli
     turned = exchange.answer[[0, 2, 1]]
     one_prime = exchange.answer.copy()
-    one_prime[0, :, : SMALL.degree] = (one_prime[0, :, : SMALL.degree] + np.uint64(1)) % np.uint64(SMALL.moduli[0])
+    one_prime[0, :, : SMALL.degree] = np.roll(one_prime[0, :, : SMALL.degree], 1, axis=-1)
 
     for forged in (shifted, turned, earlier.answer):
         with pytest.raises(TamperingSuspectedError):
