@@ -23,6 +23,8 @@ COMMANDS: Final = {
     "predict": "Predict with a trained model through a node.",
     "inspect": "Show where a model can be cut, and what each cut costs.",
     "privacy": "Plan, show and explain what was spent on each data set.",
+    "dataset": "Commit to a data set without showing it; open single records, or prove their absence.",
+    "anchor": "Put the provenance log's head on a chain, and see where heads stand.",
     "leakage": "Measure what activations and gradients give away, cut by cut.",
     "keys": "Make, show and trust identities.",
     "doctor": "Check this machine, an identity and a node, and say what to do.",

@@ -17,6 +17,7 @@ from tests import conftest
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 UNSHIPPED: Final = {"tests", "bench", "examples", "docs"}
+UNCOPIED: Final = (".*", "__pycache__", "*.egg-info", "build", "dist", "node_modules")
 VERBS: Final = ["help", "setup", "demo", "test", "lint", "protos", "bench", "docs", "clean"]
 
 
@@ -25,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The names in the wheel, built from a copy: setuptools leaves a build folder behind, and reads a stale one."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*UNCOPIED))
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     _run(sys.executable, "-m", "pip", "wheel", *options, str(source))
     (built,) = folder.glob("*.whl")

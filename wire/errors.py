@@ -10,6 +10,8 @@ The tree::
     │   └── BudgetSpentError          one release more would cost more than may be spent
     ├── LedgerError               the privacy ledger cannot be written, or has forgotten something (never crosses)
     ├── HijackSuspectedError      the node's gradients steer the front (never crosses the wire)
+    ├── ProvenanceError           a record, proof, commitment or log does not hold (never crosses the wire)
+    │   └── AnchorError               a chain does not answer, or contradicts itself or the log
     ├── IdentityError             a key, certificate or pin is missing, damaged or refused locally
     ├── UnreachableError          no node answered in time                          UNAVAILABLE
     └── WireError                 crosses the wire, with a status and a stable reason
@@ -48,6 +50,7 @@ from grpc_status import rpc_status
 
 __all__ = [
     "DOMAIN",
+    "AnchorError",
     "BudgetSpentError",
     "BusyError",
     "CheckpointError",
@@ -65,6 +68,7 @@ __all__ = [
     "NonFiniteError",
     "NotAuthorizedError",
     "ProgramRejectedError",
+    "ProvenanceError",
     "ReleaseRefusedError",
     "SessionLostError",
     "SessionNotFoundError",
@@ -117,6 +121,14 @@ class LedgerError(CloisterError):
 
 class HijackSuspectedError(CloisterError):
     """The input gradients of a node steer the front instead of following the labels."""
+
+
+class ProvenanceError(CloisterError):
+    """A record, a proof, a commitment or a log does not hold."""
+
+
+class AnchorError(ProvenanceError):
+    """The chain that a log is anchored on cannot be asked, or says something that cannot be."""
 
 
 class IdentityError(CloisterError):
