@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import rfc8785
+from coincurve import PublicKey
+from eth_hash.auto import keccak
 from pydantic_core import from_json
 
 from wire.errors import ProvenanceError
@@ -86,8 +88,10 @@ def seal(payload: Any, payload_type: str, signer: BaseAccount) -> bytes:  # noqa
     Raises:
         ProvenanceError: see :func:`canonical`; or it is too large.
     """
+    from eth_account.messages import encode_defunct  # noqa: PLC0415 - takes more than a second to import
+
     body = canonical(payload)
-    signed = signer.sign_message(_message(payload_type, body))
+    signed = signer.sign_message(encode_defunct(primitive=_message(payload_type, body)))
     envelope = canonical(
         {
             "payload": base64.b64encode(body).decode("ascii"),
@@ -118,11 +122,9 @@ def open_envelope(data: bytes, payload_type: str) -> Opened:
     return Opened(parse_json(body, "the envelope's payload"), keyid)
 
 
-def _message(payload_type: str, body: bytes) -> Any:  # noqa: ANN401 - eth_account's own
-    from eth_account.messages import encode_defunct  # noqa: PLC0415 - takes more than a second to import
-
+def _message(payload_type: str, body: bytes) -> bytes:
     kind = payload_type.encode("utf-8")
-    return encode_defunct(primitive=b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(body), body))
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(body), body)
 
 
 def _signature(signatures: Any) -> tuple[str, bytes]:  # noqa: ANN401 - anybody's
@@ -147,11 +149,14 @@ def _base64(text: Any, what: str) -> bytes:  # noqa: ANN401 - anybody's
     return data
 
 
-def _recovered(message: Any, signature: bytes) -> str:  # noqa: ANN401 - eth_account's own
-    from eth_account import Account  # noqa: PLC0415 - takes more than a second to import
-    from eth_keys.exceptions import BadSignature, ValidationError  # noqa: PLC0415 - as above
-
+def _recovered(message: bytes, signature: bytes) -> str:
+    """Address of the key that signed, with its EIP-55 checksum; without ``eth_account``, which takes long to import."""
+    digest = keccak(b"\x19Ethereum Signed Message:\n%d%b" % (len(message), message))
+    compact = signature[:64] + bytes([signature[64] - 27])
     try:
-        return str(Account.recover_message(message, signature=signature))
-    except (BadSignature, ValidationError, ValueError) as error:
+        key = PublicKey.from_signature_and_message(compact, digest, hasher=None)
+    except ValueError as error:
         raise ProvenanceError("the envelope's signature is no point on the curve: it was altered") from error
+    address = keccak(key.format(compressed=False)[1:])[-20:].hex()
+    sums = keccak(address.encode()).hex()
+    return "0x" + "".join(c.upper() if s in "89abcdef" else c for c, s in zip(address, sums[:40], strict=True))

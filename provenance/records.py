@@ -234,7 +234,8 @@ class Receipts:
 
     Attributes:
         node: address of the node that signed them.
-        root: Merkle root over its signed segments, in their order.
+        spec: SHA-256 of what its session was opened with.
+        root: Merkle root over its signed receipts, in their order; see :mod:`provenance.receipts`.
         segments: how many.
         first_step: that the first of them covers.
         last_step: that the last of them covers.
@@ -244,6 +245,7 @@ class Receipts:
 
     __pydantic_config__: ClassVar = _CONFIG
     node: Address
+    spec: Hex32
     root: Hex32
     segments: Count
     first_step: Count

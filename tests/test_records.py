@@ -57,7 +57,7 @@ COST = PrivacyCost(
     data_set="scans", epsilon=4.0, delta=1e-5, relation="replace-one", unit="patient", entries=3, ledger=HEX
 )
 RECEIPTS = Receipts(
-    node=OTHER.address, root=HEX, segments=10, first_step=0, last_step=639, hash="sha256", class_digest=HEX
+    node=OTHER.address, spec=HEX, root=HEX, segments=10, first_step=0, last_step=639, hash="sha256", class_digest=HEX
 )
 RUN = RunRecord(
     build_definition=BuildDefinition(
