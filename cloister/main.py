@@ -25,6 +25,8 @@ COMMANDS: Final = {
     "privacy": "Plan, show and explain what was spent on each data set.",
     "dataset": "Commit to a data set without showing it; open single records, or prove their absence.",
     "anchor": "Put the provenance log's head on a chain, and see where heads stand.",
+    "bundle": "Write one file from which anybody can verify a run, without its data.",
+    "verify": "Verify a bundle: each claim, its verdict, and who stands behind it.",
     "leakage": "Measure what activations and gradients give away, cut by cut.",
     "keys": "Make, show and trust identities.",
     "doctor": "Check this machine, an identity and a node, and say what to do.",

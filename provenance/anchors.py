@@ -83,6 +83,7 @@ class AnchorLine:
         state: see the module.
         transaction: hash of the one that was mined, or was sent last.
         block: its number.
+        block_hash: in hexadecimal.
         time: of the block, in seconds since 1970.
         target: chain id, registry and log id, or ``log``.
     """
@@ -92,6 +93,7 @@ class AnchorLine:
     state: State
     transaction: str | None
     block: int | None
+    block_hash: str | None
     time: int | None
     target: str
 
@@ -137,6 +139,7 @@ class LogAnchor:
                 state="final",
                 transaction=None,
                 block=None,
+                block_hash=None,
                 time=None,
                 target="log",
             )
@@ -441,6 +444,7 @@ def _line(row: sa.Row[Any]) -> AnchorLine:
         state=cast("State", row.state),
         transaction=None if row.transaction is None else f"0x{row.transaction.hex()}",
         block=row.block_number,
+        block_hash=None if row.block_hash is None else row.block_hash.hex(),
         time=row.block_time,
         target=row.target,
     )

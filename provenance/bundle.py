@@ -241,9 +241,12 @@ def parse_bundle(data: bytes) -> Bundle:
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != listed[name].sha256 or len(content) != listed[name].bytes:
             raise ProvenanceError(f"the bundle's {name} was altered: it is not what {_MANIFEST} says")
+    records = _records(files)
+    if manifest.subject not in records:
+        raise ProvenanceError(f"the bundle's {_MANIFEST}: its subject is none of its records")
     return Bundle(
         subject=manifest.subject,
-        records=_records(files),
+        records=records,
         logs=_logs(files),
         receipts={
             _stem(name): _lines(name, content) for name, content in files.items() if name.startswith("receipts/")

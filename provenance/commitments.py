@@ -39,6 +39,7 @@ __all__ = [
     "proof_bytes",
     "prove_absence",
     "prove_membership",
+    "recommit",
 ]
 
 _SEED_FILE: Final = "salts.key"
@@ -215,6 +216,29 @@ def load_commitment(folder: Path) -> Commitment:
         return _COMMITMENT.validate_json(text)
     except (IdentityError, ValidationError) as error:
         raise ConfigError(f"{folder} keeps no commitment: make one with `cloister dataset commit`") from error
+
+
+def recommit(source: Source, folder: Path) -> Commitment:
+    """Hashes a data set again with the seed that a folder keeps: the commitment that it would have today.
+
+    Raises:
+        ConfigError: the folder keeps none, or the data set cannot be read.
+        ProvenanceError: a record is not what was committed to; names the first.
+    """
+    kept, seed = load_commitment(folder), _seed(folder)
+    frontier = Frontier()
+    with (folder / _LEAVES_FILE).open("rb") as leaves:
+        for index, (name, content) in enumerate(source.records()):
+            leaf_salt, content_salt = _salts(seed, index)
+            leaf = _leaf(leaf_salt, name, _content(content_salt, content))
+            if leaf != leaves.read(HASH_BYTES):
+                raise ProvenanceError(
+                    f"record {index} ({name[:100]!r}) of the data set is not what was committed to: altered since?"
+                )
+            frontier.append(leaf)
+    if frontier.root().hex() != kept.root:
+        raise ProvenanceError(f"the data set has {frontier.size} records, and not the root that was committed to")
+    return kept
 
 
 def prove_membership(source: Source, folder: Path, which: int | str) -> tuple[Membership, bytes]:
