@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
 
@@ -36,6 +36,13 @@ if TYPE_CHECKING:
 __all__ = ["ExitCode", "exit_code_of", "main", "run"]
 
 T = TypeVar("T")
+
+#: What an auditor's installation lacks, or one that trains, and the extra that brings it.
+_EXTRAS: Final = {
+    **dict.fromkeys(("torch", "sklearn", "opacus", "dp_accounting", "structlog", "prometheus_client"), "train"),
+    **dict.fromkeys(("grpc_health", "fsspec", "pydantic_settings", "eth_tester", "eth", "matplotlib"), "train"),
+    **dict.fromkeys(("fastapi", "jinja2", "uvicorn", "python_multipart"), "audit"),
+}
 
 
 class ExitCode(enum.IntEnum):
@@ -120,6 +127,9 @@ def _explain(error: Exception) -> tuple[ExitCode, str]:
         error = error_from_rpc(error)
     if isinstance(error, CloisterError):
         return exit_code_of(error), str(error)
+    extra = _EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+    if extra is not None:
+        return ExitCode.CONFIG, f"this needs {error.name}, which is not installed: pip install 'cloister[{extra}]'"
     return ExitCode.FAILED, f"unexpected {type(error).__name__}: {error} (CLOISTER_DEBUG=1 shows where)"
 
 

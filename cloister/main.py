@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "anchor": "Put the provenance log's head on a chain, and see where heads stand.",
     "bundle": "Write one file from which anybody can verify a run, without its data.",
     "verify": "Verify a bundle: each claim, its verdict, and who stands behind it.",
+    "audit": "Verify bundles on a page in the browser.",
     "leakage": "Measure what activations and gradients give away, cut by cut.",
     "keys": "Make, show and trust identities.",
     "doctor": "Check this machine, an identity and a node, and say what to do.",

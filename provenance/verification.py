@@ -166,8 +166,8 @@ def _computed(name: str, run: RunRecord, owner: str, found: Evidence) -> None:
         chain += receipts
         claims.proven(
             name,
-            f"{group.node} signed steps {group.first_step} to {group.last_step} in {group.segments} segments, each from "
-            "the state that the one before ended in",
+            f"{group.node} signed steps {group.first_step} to {group.last_step} in {group.segments} segments, each "
+            "from the state that the one before ended in",
             "its signatures",
         )
         claims.stated(name, f"that it computed steps {group.first_step} to {group.last_step} so", group.node)

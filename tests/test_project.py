@@ -69,7 +69,16 @@ def test_the_constraints_are_exact_and_cover_every_dependency() -> None:
     exact = {_name(pin) for pin in pins if pin.count("==") == 1 and "*" not in pin}
     assert len(exact) == len(pins)
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    assert {_name(requirement) for group in groups for requirement in group} <= exact
+    assert {_name(requirement) for group in groups for requirement in group} - {"cloister"} <= exact
+
+
+def test_an_auditors_installation_has_no_torch_in_it() -> None:
+    """The base and the extra `audit` are all that an auditor installs; `pip install` of it is measured in the docs."""
+    project = _pyproject()["project"]
+
+    asked = {_name(each) for each in (*project["dependencies"], *project["optional-dependencies"]["audit"])}
+    assert not asked & {"torch", "torchmetrics", "opacus", "kymatio", "matplotlib", "scikit-learn", "dp-accounting"}
+    assert "torch" in {_name(each) for each in project["optional-dependencies"]["train"]}
 
 
 @pytest.mark.parametrize("version", ["6.33.6", "7.36.2"])

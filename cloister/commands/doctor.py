@@ -130,7 +130,7 @@ def _torch() -> Iterator[Check]:
     try:
         import torch  # noqa: PLC0415 - takes seconds, and only this check needs it
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
-        yield Check("torch", "fail", str(error), "run `make setup`, or pip install -c constraints.txt torch")
+        yield Check("torch", "fail", str(error), "run `make setup`, or pip install 'cloister[train]'")
         return
     found = f"{torch.__version__}, {'CUDA' if torch.cuda.is_available() else 'CPU only'}"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_NEEDED:

@@ -15,7 +15,7 @@ from wire.errors import ConfigError
 if TYPE_CHECKING:
     from provenance.evidence import Witness
 
-__all__ = ["app"]
+__all__ = ["app", "open_witness"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -64,7 +64,7 @@ def verify(
             more,
             model=model,
             dataset_root=None if dataset is None else _root(dataset, commitment, key),
-            witness=None if rpc is None else _witness(rpc, stack),
+            witness=None if rpc is None else open_witness(rpc, stack),
             confirmations=confirmations,
         )
     if fmt is Format.JSON:
@@ -86,7 +86,12 @@ def _root(dataset: str, commitment: Path | None, key: str | None) -> str:
     return recommit(source_of(Path(dataset), key=key), commitment).root
 
 
-def _witness(rpc: str, stack: ExitStack) -> Witness:
+def open_witness(rpc: str, stack: ExitStack) -> Witness:
+    """The chain that ``--rpc`` names, open as long as the stack is.
+
+    Raises:
+        ConfigError: it names none.
+    """
     from provenance.chain import connect  # noqa: PLC0415 - web3 takes a second to import
     from provenance.witness import ChainWitness  # noqa: PLC0415
 
