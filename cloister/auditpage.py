@@ -126,8 +126,8 @@ def audit_app(  # noqa: C901 - one short function a route
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, *(host.strip("[]") for host in hosts)])
     app.add_middleware(_Guard)
 
-    def shown(request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:  # noqa: ANN401
-        return templates.TemplateResponse(request, name, {"version": __version__, **values}, status_code=status)
+    def shown(request: Request, file: str, status: int = 200, **values: Any) -> HTMLResponse:  # noqa: ANN401
+        return templates.TemplateResponse(request, file, {"version": __version__, **values}, status_code=status)
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> HTMLResponse:
@@ -191,7 +191,7 @@ def audit_app(  # noqa: C901 - one short function a route
     @app.get("/report/{number}")
     def report(request: Request, number: str) -> HTMLResponse:
         kept = page.report(number)
-        values = {"report": kept.report, "name": kept.name, "at": kept.at, "number": number}
+        values: dict[str, Any] = {"report": kept.report, "name": kept.name, "at": kept.at, "number": number}
         words = _WORDS[kept.report.verdict]
         return shown(request, "report.html", words=words, drawing=drawing(kept.report.graph), **values)
 

@@ -127,9 +127,9 @@ def _explain(error: Exception) -> tuple[ExitCode, str]:
         error = error_from_rpc(error)
     if isinstance(error, CloisterError):
         return exit_code_of(error), str(error)
-    extra = _EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
-    if extra is not None:
-        return ExitCode.CONFIG, f"this needs {error.name}, which is not installed: pip install 'cloister[{extra}]'"
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _EXTRAS:
+        return ExitCode.CONFIG, f"this needs {missing}, which is not here: pip install 'cloister[{_EXTRAS[missing]}]'"
     return ExitCode.FAILED, f"unexpected {type(error).__name__}: {error} (CLOISTER_DEBUG=1 shows where)"
 
 
