@@ -10,11 +10,11 @@ from provenance.lineage import Graph, Vertex
 __all__ = ["Box", "Drawing", "Line", "drawing"]
 
 _MOST: Final = 60  # boxes: more are a table, not a drawing
-_WIDTH: Final = 190
+_WIDTH: Final = 180
 _HEIGHT: Final = 56
-_GAP_X: Final = 60
+_GAP_X: Final = 44
 _GAP_Y: Final = 20
-_LETTERS: Final = 22  # of a name that fit a box
+_LETTERS: Final = 19  # of a name that fit a box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,10 @@ def drawing(graph: Graph) -> Drawing | None:
     for _ in graph.vertices:  # a longest path has no more steps; a circle, which no honest lineage has, ends here too
         for edge in graph.edges:
             column[edge.target] = min(len(column), max(column[edge.target], column[edge.source] + 1))
+    for vertex in graph.vertices:  # what nothing came before stands beside what came of it
+        after = [column[edge.target] for edge in graph.edges if edge.source == vertex.id]
+        if after and column[vertex.id] == 0:
+            column[vertex.id] = max(0, min(after) - 1)
     ranks = {rank: place for place, rank in enumerate(sorted(set(column.values())))}
     filled: dict[int, int] = {}
     boxes: dict[str, Box] = {}

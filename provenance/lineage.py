@@ -184,7 +184,8 @@ def _aimed(
         return f"record {digest[:SHORT]}", target is not None, target is not None and target.record.signer == signer
     digest = subject.digest.get(DATASET_DIGEST if revocation.what == "dataset" else MODEL_DIGEST, "")
     own = any(each.record.signer == signer for each in committed(digest, found))
-    return f"{revocation.what} {digest[:SHORT]}", digest in trail.datasets | trail.models, own
+    what = "data set" if revocation.what == "dataset" else "model"
+    return f"{what} {digest[:SHORT]}", digest in trail.datasets | trail.models, own
 
 
 def _nodes(placed: Placed) -> set[str]:
