@@ -102,6 +102,8 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """VANILLA: smashed data and labels up, loss and input gradients down."""
     PHASE_UPDATE: _Phase.ValueType  # 4
     """Nothing up but the wish to update, nothing down."""
+    PHASE_RECEIPT: _Phase.ValueType  # 5
+    """At a step boundary: nothing up, a receipt down for all steps since the last one."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
 
@@ -114,6 +116,8 @@ PHASE_LOSS: Phase.ValueType  # 3
 """VANILLA: smashed data and labels up, loss and input gradients down."""
 PHASE_UPDATE: Phase.ValueType  # 4
 """Nothing up but the wish to update, nothing down."""
+PHASE_RECEIPT: Phase.ValueType  # 5
+"""At a step boundary: nothing up, a receipt down for all steps since the last one."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 @typing.final
@@ -394,6 +398,8 @@ class SessionSpec(google.protobuf.message.Message):
     STATE_KEPT_FIELD_NUMBER: builtins.int
     REPLACES_FIELD_NUMBER: builtins.int
     ROWS_BYTES_FIELD_NUMBER: builtins.int
+    RECEIPT_HASHES_FIELD_NUMBER: builtins.int
+    RECEIPT_SALT_FIELD_NUMBER: builtins.int
     session_id: builtins.bytes
     """Chosen by the owner, 16 random bytes, never used twice."""
     node_fingerprint: builtins.bytes
@@ -418,12 +424,18 @@ class SessionSpec(google.protobuf.message.Message):
     """An earlier session of the same owner here, whose place this one takes: it ends first. Empty where there is none."""
     rows_bytes: builtins.int
     """Of the state's bytes, at most so many belong to a table of rows that the session keeps; 0 where there is none."""
+    receipt_salt: builtins.bytes
+    """32 random bytes of the run's own, which salt what receipts are over: who has only those can test no guess."""
     @property
     def loss(self) -> Global___Loss:
         """VANILLA only."""
 
     @property
     def optimizer(self) -> Global___Optimizer: ...
+    @property
+    def receipt_hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Hashes that the owner takes receipts in ("sha256", "blake3"), the preferred one first; none where it wants none."""
+
     def __init__(
         self,
         *,
@@ -444,10 +456,12 @@ class SessionSpec(google.protobuf.message.Message):
         state_kept: builtins.bool = ...,
         replaces: builtins.bytes = ...,
         rows_bytes: builtins.int = ...,
+        receipt_hashes: collections.abc.Iterable[builtins.str] | None = ...,
+        receipt_salt: builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["loss", b"loss", "optimizer", b"optimizer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "replaces", b"replaces", "rows_bytes", b"rows_bytes", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_step", b"first_step", "loss", b"loss", "max_in_flight", b"max_in_flight", "max_rows", b"max_rows", "node_fingerprint", b"node_fingerprint", "optimizer", b"optimizer", "program_bytes", b"program_bytes", "program_sha256", b"program_sha256", "receipt_hashes", b"receipt_hashes", "receipt_salt", b"receipt_salt", "replaces", b"replaces", "rows_bytes", b"rows_bytes", "seed", b"seed", "session_id", b"session_id", "state_bytes", b"state_bytes", "state_kept", b"state_kept", "state_sha256", b"state_sha256", "topology", b"topology", "want_input_gradients", b"want_input_gradients"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SessionSpec: typing_extensions.TypeAlias = SessionSpec
@@ -487,19 +501,27 @@ class OpenSessionResponse(google.protobuf.message.Message):
     ALREADY_OPEN_FIELD_NUMBER: builtins.int
     NEXT_STEP_FIELD_NUMBER: builtins.int
     RESERVED_BYTES_FIELD_NUMBER: builtins.int
+    RECEIPT_HASH_FIELD_NUMBER: builtins.int
+    NODE_RECORD_FIELD_NUMBER: builtins.int
     already_open: builtins.bool
     """The same opening was received before; nothing was opened anew."""
     next_step: builtins.int
     reserved_bytes: builtins.int
     """An upper bound of what the session may hold, by this node's count."""
+    receipt_hash: builtins.str
+    """The hash of this session's receipts, one of the owner's; empty where the node gives none."""
+    node_record: builtins.bytes
+    """What the node says of itself, signed by the key that signs its receipts: a DSSE envelope."""
     def __init__(
         self,
         *,
         already_open: builtins.bool = ...,
         next_step: builtins.int = ...,
         reserved_bytes: builtins.int = ...,
+        receipt_hash: builtins.str = ...,
+        node_record: builtins.bytes = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["already_open", b"already_open", "next_step", b"next_step", "reserved_bytes", b"reserved_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["already_open", b"already_open", "next_step", b"next_step", "node_record", b"node_record", "receipt_hash", b"receipt_hash", "reserved_bytes", b"reserved_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___OpenSessionResponse: typing_extensions.TypeAlias = OpenSessionResponse
@@ -593,6 +615,32 @@ class TrainRequest(google.protobuf.message.Message):
 Global___TrainRequest: typing_extensions.TypeAlias = TrainRequest
 
 @typing.final
+class Receipt(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: builtins.int
+    MODEL_ROOT_FIELD_NUMBER: builtins.int
+    OPTIMIZER_ROOT_FIELD_NUMBER: builtins.int
+    envelope: builtins.bytes
+    """What the node signs of the segment: a DSSE envelope."""
+    model_root: builtins.bytes
+    """What the state's digest after the segment is made of, for the owner alone: RFC 9162 roots over the middle's tensors
+    and over the optimizer's.
+    """
+    optimizer_root: builtins.bytes
+    def __init__(
+        self,
+        *,
+        envelope: builtins.bytes = ...,
+        model_root: builtins.bytes = ...,
+        optimizer_root: builtins.bytes = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["envelope", b"envelope", "model_root", b"model_root", "optimizer_root", b"optimizer_root"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Receipt: typing_extensions.TypeAlias = Receipt
+
+@typing.final
 class TrainResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -604,6 +652,7 @@ class TrainResponse(google.protobuf.message.Message):
     LOSS_FIELD_NUMBER: builtins.int
     COMPUTE_S_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    RECEIPT_FIELD_NUMBER: builtins.int
     step: builtins.int
     micro_batch: builtins.int
     phase: Global___Phase.ValueType
@@ -617,6 +666,10 @@ class TrainResponse(google.protobuf.message.Message):
     """The node is about to stop: the owner does well to take its session elsewhere at the next step boundary."""
     @property
     def tensors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[protos.tensor_pb2.Tensor]: ...
+    @property
+    def receipt(self) -> Global___Receipt:
+        """Of a frame of PHASE_RECEIPT alone."""
+
     def __init__(
         self,
         *,
@@ -628,8 +681,11 @@ class TrainResponse(google.protobuf.message.Message):
         loss: builtins.float = ...,
         compute_s: builtins.float = ...,
         draining: builtins.bool = ...,
+        receipt: Global___Receipt | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_s", b"compute_s", "draining", b"draining", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["receipt", b"receipt"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_s", b"compute_s", "draining", b"draining", "loss", b"loss", "micro_batch", b"micro_batch", "phase", b"phase", "receipt", b"receipt", "step", b"step", "tensors", b"tensors", "updated", b"updated"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TrainResponse: typing_extensions.TypeAlias = TrainResponse

@@ -7,7 +7,6 @@ at a time works on it: a newer one of the same owner takes over, since the older
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import logging
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Final, Literal, TypeAlias
 import torch
 
 from protos import node_pb2
+from provenance.tallies import spec_digest
 from server_side.accounts import Accounts, Limits, Reservation
 from server_side.callers import Callers
 from server_side.kept import KeptSnapshots
@@ -25,6 +25,7 @@ from server_side.memory import give_back
 from server_side.metrics import Metrics
 from server_side.opening import Opening
 from server_side.session import Session
+from server_side.signing import NodeSigner
 from server_side.table import SessionRow, SessionState, SessionTable
 from wire.errors import SessionLostError, SessionNotFoundError, SessionReusedError, StorageError
 
@@ -63,9 +64,11 @@ class Keeper:
         metrics: Metrics,
         device: torch.device,
         idle_s: float,
+        signer: NodeSigner | None = None,
     ) -> None:
         """Marks what an earlier process of this node left open as lost, then starts to expire idle sessions."""
         self.fingerprint, self.limits, self.metrics, self.device = fingerprint, limits, metrics, device
+        self.signer = signer
         self.accounts = Accounts(limits)
         self.kept, self._table, self._idle_s = kept, table, idle_s
         self.callers = Callers()
@@ -95,7 +98,7 @@ class Keeper:
             return self._existing(owner, spec)
 
     def _existing(self, owner: str, spec: node_pb2.SessionSpec) -> Stay | None:
-        digest = _spec_digest(spec)
+        digest = spec_digest(spec)
         with self._lock:
             stay = self._stays.get(spec.session_id)
         if stay is not None and stay.owner == owner and stay.spec_sha256 == digest:
@@ -114,9 +117,9 @@ class Keeper:
             SessionReusedError, StorageError: see :class:`SessionTable`.
         """
         try:
-            session = Session(opening.plan, opening.program, opening.tensors, self.device)
+            session = Session(opening.plan, opening.program, opening.tensors, self.device, self.signer)
             now = dt.datetime.now(dt.UTC)
-            stay = Stay(session, owner, _spec_digest(spec), opening.reservation)
+            stay = Stay(session, owner, spec_digest(spec), opening.reservation)
             row = SessionRow(
                 session_id=spec.session_id,
                 node=self.fingerprint,
@@ -256,7 +259,3 @@ class Keeper:
                     self._table.prune(dt.datetime.now(dt.UTC) - RETENTION)
                 except StorageError:
                     _log.exception("old sessions could not be pruned; trying again tomorrow")
-
-
-def _spec_digest(spec: node_pb2.SessionSpec) -> bytes:
-    return hashlib.sha256(spec.SerializeToString(deterministic=True)).digest()

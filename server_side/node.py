@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import torch
@@ -21,12 +21,16 @@ from server_side.keeper import Keeper
 from server_side.kept import KeptSnapshots
 from server_side.metrics import Metrics, MetricsServer
 from server_side.service import NodeService
+from server_side.signing import NodeSigner
 from server_side.table import SessionTable
 from wire.channels import server_credentials, server_options
 from wire.errors import ConfigError, StorageError
 from wire.identity import Identity
 from wire.interpreter import warm_up
 from wire.trust import Trust
+
+if TYPE_CHECKING:
+    from eth_account.signers.local import LocalAccount
 
 __all__ = ["NodeConfig", "RunningNode", "pick_device", "start_node"]
 
@@ -48,6 +52,7 @@ class NodeConfig:
         device: ``auto``, ``cpu`` or ``cuda:N``.
         idle_s: a session that hears nothing for so long ends.
         metrics: ``host:port`` for Prometheus, or ``None``.
+        signer: the identity's key, with which receipts are signed; ``None`` gives none.
     """
 
     listen: str
@@ -61,6 +66,7 @@ class NodeConfig:
     idle_s: float = 3600.0
     metrics: str | None = None
     version: str = ""
+    signer: LocalAccount | None = field(default=None, repr=False)
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -105,6 +111,7 @@ class RunningNode:
             metrics=self._metrics,
             device=self.device,
             idle_s=config.idle_s,
+            signer=_signer(config, self.device),
         )
         self._service = NodeService(self._keeper, config.trust, config.version)
         self._health = health.HealthServicer()
@@ -174,6 +181,12 @@ def _address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal():
         raise ConfigError(f"metrics on {text!r}: write host:port, such as 127.0.0.1:9100")
     return host.strip("[]"), int(port)
+
+
+def _signer(config: NodeConfig, device: torch.device) -> NodeSigner | None:
+    if config.signer is None:
+        return None
+    return NodeSigner(config.signer, fingerprint=config.identity.fingerprint, device=device, version=config.version)
 
 
 def _sqlite(state_dir: Path) -> str:

@@ -13,6 +13,8 @@ from protos import node_pb2
 from server_side.accounts import Accounts, Limits, Reservation
 from server_side.kept import KeptSnapshots
 from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
+from server_side.signing import ReceiptPlan
+from provenance.tallies import HASHES, SALT_BYTES, spec_digest
 from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
@@ -98,7 +100,18 @@ def plan_of(spec: node_pb2.SessionSpec, limits: Limits) -> SessionPlan:
         want_input_gradients=spec.want_input_gradients,
         activation_bytes_per_micro_batch=limits.activation_bytes_per_micro_batch,
         tensor_bytes=limits.tensor_bytes,
+        receipts=_receipts(spec),
     )
+
+
+def _receipts(spec: node_pb2.SessionSpec) -> ReceiptPlan | None:
+    """What the owner's receipts are over; ``None`` where it wants none, or none that this node can make."""
+    if not spec.receipt_hashes:
+        return None
+    if len(spec.receipt_salt) != SALT_BYTES:
+        raise SpecRejectedError(f"a receipt_salt of {len(spec.receipt_salt)} bytes; {SALT_BYTES} random ones")
+    kind = next((name for name in spec.receipt_hashes if name in HASHES), None)
+    return None if kind is None else ReceiptPlan(kind, spec.receipt_salt, spec_digest(spec))
 
 
 def read_program(parts: Iterator[node_pb2.OpenSessionRequest], spec: node_pb2.SessionSpec, limits: Limits) -> Program:

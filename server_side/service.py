@@ -99,7 +99,7 @@ class NodeService:
             spec = read_spec(parts, self._keeper.fingerprint)
             stay = self._keeper.existing(call.owner, spec)
             if stay is not None:
-                return _opened(stay, already=True)
+                return self._opened(stay, already=True)
             if self.draining:
                 raise DrainingError("this node is shutting down and takes no new sessions; use another")
             plan = plan_of(spec, self._keeper.limits)
@@ -110,7 +110,7 @@ class NodeService:
             )
             stay = self._keeper.open(call.owner, spec, opening)
             self._keeper.forget(call.owner, spec.replaces)
-            return _opened(stay, already=stay.reservation is not opening.reservation)
+            return self._opened(stay, already=stay.reservation is not opening.reservation)
         raise AssertionError  # telling() aborts
 
     def Train(
@@ -221,6 +221,16 @@ class NodeService:
             return node_pb2.CloseSessionResponse(closed=self._keeper.close(call.owner, request.session_id))
         raise AssertionError  # telling() aborts
 
+    def _opened(self, stay: Stay, *, already: bool) -> node_pb2.OpenSessionResponse:
+        kind = stay.session.receipt_hash
+        return node_pb2.OpenSessionResponse(
+            already_open=already,
+            next_step=stay.session.next_step,
+            reserved_bytes=stay.reservation.reserved_bytes,
+            receipt_hash=kind,
+            node_record=self._keeper.signer.record if kind and self._keeper.signer is not None else b"",
+        )
+
     @contextmanager
     def _calling(self, context: grpc.ServicerContext) -> Iterator[Call]:
         """Around every call: who it is, whether there is room for it, and what went wrong."""
@@ -319,14 +329,6 @@ class NodeService:
             self._keeper.metrics.refused(told)
             context.abort_with_status(status_of(told))
             raise AssertionError from error  # abort_with_status does not return
-
-
-def _opened(stay: Stay, *, already: bool) -> node_pb2.OpenSessionResponse:
-    return node_pb2.OpenSessionResponse(
-        already_open=already,
-        next_step=stay.session.next_step,
-        reserved_bytes=stay.reservation.reserved_bytes,
-    )
 
 
 def _only(call: Call, requests: Iterator[Any], kind: type[_M]) -> _M:

@@ -22,6 +22,7 @@ from torch import nn
 
 from protos import node_pb2, program_pb2, tensor_pb2
 from server_side.rows import KeptRows
+from server_side.signing import NodeSigner, ReceiptPlan, Witness
 from wire.codec import check_finite, decode, encode, encode_into, is_absent, owned, payload_bytes
 from wire.errors import (
     ComputeError,
@@ -74,6 +75,7 @@ class SessionPlan:
     want_input_gradients: bool
     activation_bytes_per_micro_batch: int
     tensor_bytes: int
+    receipts: ReceiptPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class Session:
         program: Program,
         tensors: Mapping[str, torch.Tensor],
         device: torch.device,
+        signer: NodeSigner | None = None,
     ) -> None:
         """Takes over ``tensors``: the program's state and, where a snapshot is restored, the optimizer's.
 
@@ -132,7 +135,15 @@ class Session:
         self._broken = ""
         self._due: int | None = None
         self._settled_s = 0.0
+        self._witness: Witness | None = None
+        if signer is not None and plan.receipts is not None:
+            self._witness = Witness(plan.receipts, signer, plan.first_step, *self._tensors())
         self.last_used = time.monotonic()
+
+    @property
+    def receipt_hash(self) -> str:
+        """Of the wire bytes, in receipts; empty where none are given."""
+        return "" if self._witness is None else self._witness.kind
 
     @property
     def session_id(self) -> bytes:
@@ -183,6 +194,8 @@ class Session:
             answer.compute_s = time.perf_counter() - started + self._settled_s
             self._settled_s = 0.0
             self._remember(frame, answer)
+            if self._witness is not None and frame.phase != node_pb2.PHASE_RECEIPT:
+                self._witness.saw(frame, answer)
             self.last_used = time.monotonic()
             return answer
 
@@ -238,6 +251,11 @@ class Session:
                     tensors[ROWS_PREFIX + key] = value.to("cpu")
             return self._step, tensors
 
+    def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The middle's own, and its optimizer's: live ones."""
+        names = (spec.name for spec in self._program.state)
+        return dict(zip(names, self._values, strict=True)), self._optimizer.state()
+
     def _check_order(self, frame: node_pb2.Frame) -> None:
         if frame.step != self._step:
             raise StepOutOfOrderError(f"step {frame.step}; expected {self._step}")
@@ -255,6 +273,8 @@ class Session:
             expected = self._forwards
         elif phase == node_pb2.PHASE_BACKWARD and not vanilla:
             expected = micro_batch if micro_batch in self._pending else None
+        elif phase == node_pb2.PHASE_RECEIPT and self._witness is not None:
+            expected = 0 if not self._forwards and self._witness.due else None
         elif phase == node_pb2.PHASE_UPDATE:
             expected = self._forwards if 0 < self._forwards == self._backwards else None
         else:
@@ -265,7 +285,7 @@ class Session:
                 f"step {self._step}: {name} of micro-batch {micro_batch} after {self._forwards} forwards and "
                 f"{self._backwards} backwards",
             )
-        if frame.update and (phase == node_pb2.PHASE_FORWARD or len(self._pending) > 1):
+        if frame.update and (phase in (node_pb2.PHASE_FORWARD, node_pb2.PHASE_RECEIPT) or len(self._pending) > 1):
             raise StepOutOfOrderError(f"step {self._step}: an update while other micro-batches wait for their backward")
 
     def _phase(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
@@ -275,6 +295,8 @@ class Session:
             return self._backward(frame)
         if frame.phase == node_pb2.PHASE_LOSS:
             return self._loss(frame)
+        if frame.phase == node_pb2.PHASE_RECEIPT and self._witness is not None:
+            return node_pb2.TrainResponse(receipt=self._witness.receipt(*self._tensors()))
         return node_pb2.TrainResponse()
 
     def _forward(self, frame: node_pb2.Frame) -> node_pb2.TrainResponse:
@@ -462,6 +484,8 @@ class Session:
 
     def _settle(self) -> None:
         """The update that is due: applied once its step's last answer is made, before anything else happens."""
+        if self._witness is not None:
+            self._witness.tally()  # while the answer travels
         if self._due is None:
             return
         started, due, self._due = time.perf_counter(), self._due, None

@@ -11,7 +11,8 @@ The tree::
     ├── LedgerError               the privacy ledger cannot be written, or has forgotten something (never crosses)
     ├── HijackSuspectedError      the node's gradients steer the front (never crosses the wire)
     ├── ProvenanceError           a record, proof, commitment or log does not hold (never crosses the wire)
-    │   └── AnchorError               a chain does not answer, or contradicts itself or the log
+    │   ├── AnchorError               a chain does not answer, or contradicts itself or the log
+    │   └── ReceiptError              a node signed something else than what was exchanged
     ├── IdentityError             a key, certificate or pin is missing, damaged or refused locally
     ├── UnreachableError          no node answered in time                          UNAVAILABLE
     └── WireError                 crosses the wire, with a status and a stable reason
@@ -69,6 +70,7 @@ __all__ = [
     "NotAuthorizedError",
     "ProgramRejectedError",
     "ProvenanceError",
+    "ReceiptError",
     "ReleaseRefusedError",
     "SessionLostError",
     "SessionNotFoundError",
@@ -129,6 +131,10 @@ class ProvenanceError(CloisterError):
 
 class AnchorError(ProvenanceError):
     """The chain that a log is anchored on cannot be asked, or says something that cannot be."""
+
+
+class ReceiptError(ProvenanceError):
+    """What a node signed, or returned, is not what the owner saw it do."""
 
 
 class IdentityError(CloisterError):

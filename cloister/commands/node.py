@@ -14,13 +14,14 @@ from typing import Annotated
 import typer
 
 from cloister import __version__
+from cloister.commands.keys import PassphraseFileOption, read_passphrase
 from cloister.logs import LogFormat, configure_logs
 from cloister.output import Format, FormatOption, print_record
 from server_side.accounts import Limits
 from server_side.memory import hold_on
 from server_side.node import NodeConfig, start_node
 from wire.errors import ConfigError
-from wire.identity import load_identity
+from wire.identity import load_identity, load_signer
 from wire.trust import Trust
 
 __all__ = ["app"]
@@ -75,6 +76,7 @@ def node(
         list[str] | None,
         typer.Option(help="NAME=NUMBER, again and again: what one owner may use. `--limit help=1` lists the names."),
     ] = None,
+    passphrase_file: PassphraseFileOption = None,
     log_format: Annotated[
         LogFormat, typer.Option(help="Logs on stderr for people, or one JSON object a line.")
     ] = LogFormat.TEXT,
@@ -90,6 +92,8 @@ def node(
 
     Nobody is let in without a certificate from the trust folder or the CA. Stop it with Ctrl-C or SIGTERM: it takes no
     new sessions, lets those that live go on for the drain time, then ends.
+
+    With --passphrase-file it signs what it computes: owners get receipts.
     """
     configure_logs(log_format)
     own = load_identity(identity)
@@ -118,6 +122,7 @@ def node(
             idle_s=idle_seconds,
             metrics=metrics,
             version=__version__,
+            signer=None if passphrase_file is None else load_signer(identity, read_passphrase(passphrase_file)),
         ),
     )
     host = listen.rpartition(":")[0]
