@@ -15,10 +15,12 @@ import grpc
 import torch
 
 from client_side.frames import SentFrame
+from client_side.receipts import Receipts, SessionTally, SignedSegment
 from client_side.stream import Stream, patiently
 from client_side.stub import NodeStub
 from privacy.guard import Released
 from protos import node_pb2, tensor_pb2
+from provenance.tallies import spec_digest
 from wire.certificates import fingerprint_of, read_certificate_file
 from wire.channels import connect, parse_pin, wait_ready
 from wire.codec import check_finite, decode, encode, is_absent, payload_bytes
@@ -28,6 +30,7 @@ from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
     StateRejectedError,
+    WireError,
     error_from_rpc,
 )
 from wire.identity import Identity
@@ -120,6 +123,8 @@ class SessionRequest:
     kept: tuple[bytes, int] | None = None
     #: An earlier session on the same node, which ends.
     replaces: bytes = b""
+    #: The run's, where the node is asked for them.
+    receipts: Receipts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +280,7 @@ class Link:
         self._fingerprint = address.fingerprint()
         self._stub = NodeStub(self._channel)
         self._session = b""
+        self._tally: SessionTally | None = None
         self._up = self._down = self._most_state = 0
         self._train = Stream(
             self._channel,
@@ -320,6 +326,7 @@ class Link:
         Raises:
             WireError: the node's reason for refusing.
             UnreachableError: the node cannot be reached.
+            ReceiptError: what it says of its receipts is not its own.
         """
         kept = request.kept
         tensors = {name: released.tensor for name, released in request.tensors.items()}
@@ -345,6 +352,8 @@ class Link:
             first_step=request.first_step,
             replaces=request.replaces,
             rows_bytes=sum(tensor.nbytes for tensor in rows_of(tensors).values()),
+            receipt_hashes=[] if request.receipts is None else request.receipts.hashes,
+            receipt_salt=b"" if request.receipts is None else request.receipts.salt,
         )
 
         def parts() -> Iterator[node_pb2.OpenSessionRequest]:
@@ -356,12 +365,23 @@ class Link:
 
         # Safe to repeat: the node knows the very same opening again.
         opened = patiently(lambda: self._stub.OpenSession(parts(), timeout=OPEN_TIMEOUT_S), self._reconnect_s)
+        if opened.receipt_hash:
+            self._tally = SessionTally(
+                kind=opened.receipt_hash,
+                salt=spec.receipt_salt,
+                spec=spec_digest(spec),
+                first_step=request.first_step,
+                node_record=opened.node_record,
+                fingerprint=self._fingerprint.hex(),
+            )
         return int(opened.next_step)
 
     def send(self, frame: SentFrame) -> None:
         """Sends one frame; its answer comes from :meth:`receive`, in the order of sending."""
         self._up += frame.tensor_bytes
         self._train.send(frame)
+        if self._tally is not None:
+            self._tally.sent(frame)
 
     def receive(self) -> Answer:
         """The answer of the oldest unanswered frame.
@@ -371,7 +391,14 @@ class Link:
             NonFiniteError, TensorRejectedError: what came back is no good (T17).
             UnreachableError: the node did not come back in time.
         """
-        frame, response = self._train.receive()
+        try:
+            frame, response = self._train.receive()
+        except WireError:
+            if self._tally is not None:
+                self._tally.refused()
+            raise
+        if self._tally is not None:
+            self._tally.received(response)
         if (response.step, response.micro_batch, response.phase) != (frame.step, frame.micro_batch, frame.phase):
             raise MessageRejectedError("the node answered another frame than the one it was sent")
         if response.updated != (frame.update or frame.phase == node_pb2.PHASE_UPDATE):
@@ -386,6 +413,20 @@ class Link:
             response.compute_s,
             response.draining,
         )
+
+    def receipt(self) -> SignedSegment | None:
+        """What the node signs of the steps since the last receipt; ``None`` where it signs none, or there are none.
+
+        Only at a step boundary, with no answer outstanding.
+
+        Raises:
+            ReceiptError: it differs from what was exchanged.
+        """
+        if self._tally is None or not self._tally.due:
+            return None
+        self._train.send(self._tally.request())
+        _, response = self._train.receive()
+        return self._tally.accept(response.receipt)
 
     def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]:
         """The middle's outputs in evaluation mode for each of ``batches``, in order."""

@@ -9,6 +9,7 @@ import torch
 
 from client_side.cutting import Cut
 from client_side.link import Link, SessionRequest
+from client_side.receipts import Receipts
 from privacy.guard import Guard
 from protos import node_pb2
 from wire.errors import IdentityError
@@ -53,11 +54,13 @@ def open_session(
     tensors: dict[str, torch.Tensor] | None = None,
     kept: tuple[bytes, int] | None = None,
     replaces: bytes = b"",
+    receipts: Receipts | None = None,
 ) -> None:
     """Opens a session for ``cut`` on ``link``.
 
     With the middle's tensors as they are now, or with ``tensors`` of a snapshot, or with what the node ``kept`` of one
-    (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends.
+    (SHA-256 and bytes). ``replaces`` is an earlier session there, which ends. With ``receipts``, the node is asked for
+    some.
     """
     link.open(
         SessionRequest(
@@ -74,5 +77,6 @@ def open_session(
             first_step=first_step,
             kept=kept,
             replaces=replaces,
+            receipts=receipts,
         ),
     )

@@ -19,6 +19,7 @@ import torch
 
 from client_side.frames import FrameLog, FrameMemo, SentFrame
 from client_side.link import Answer, Incoming, Link, NodeAddress, Traffic
+from client_side.receipts import SignedSegment
 from client_side.snapshots import Snapshot
 from client_side.stream import JITTER
 from privacy.guard import Released
@@ -70,6 +71,7 @@ class SessionLink(Protocol):
     def receive(self) -> Answer: ...  # noqa: D102
     def infer(self, batches: Iterable[Sequence[Released]]) -> Iterator[list[torch.Tensor | None]]: ...  # noqa: D102
     def snapshot(self, *, with_optimizer: bool = False) -> tuple[int, dict[str, torch.Tensor]]: ...  # noqa: D102
+    def receipt(self) -> SignedSegment | None: ...  # noqa: D102
     def close(self, *, end_session: bool = True) -> None: ...  # noqa: D102
 
 
@@ -229,6 +231,11 @@ class Route:
 
         found: tuple[int, dict[str, torch.Tensor]] = self._staying(fetch)
         return found
+
+    def receipt(self) -> SignedSegment | None:
+        """See :meth:`Link.receipt`; after a move, it covers what was replayed."""
+        signed: SignedSegment | None = self._staying(lambda link: link.receipt())
+        return signed
 
     def begin_snapshot(self, *, known: Sequence[bytes], keep: bool) -> Incoming:
         """See :meth:`Link.begin_snapshot`."""

@@ -11,6 +11,7 @@ from client_side.cutting import Cut
 from client_side.durability import Run
 from client_side.link import Link, NodeAddress
 from client_side.opening import open_session
+from client_side.receipts import Receipts
 from client_side.route import Route, RouteNews
 from client_side.snapshots import Snapshot
 from privacy.guard import Guard
@@ -28,6 +29,7 @@ class Sessions:
 
     Attributes:
         max_rows: the largest micro-batch so far; the next session is opened for so many rows.
+        receipts: the run's; ``None`` asks for none.
     """
 
     cut: Cut
@@ -41,6 +43,7 @@ class Sessions:
     reconnect_s: float
     standby: bool
     max_rows: int = field(default=0, init=False)
+    receipts: Receipts | None = field(default=None, init=False)
 
     def link(self, step: int, tensors: dict[str, torch.Tensor] | None) -> Link:
         """A session on the first node, with ``tensors`` of a snapshot or the middle's as they are now.
@@ -115,4 +118,5 @@ class Sessions:
             tensors=tensors,
             kept=kept,
             replaces=replaces,
+            receipts=self.receipts,
         )

@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from wire.errors import ConfigError
+from wire.files import write_private
 from wire.identity import Identity, Role, create_identity, load_identity
 
-__all__ = ["LocalNode"]
+__all__ = ["LocalNode", "passphrase_file"]
 
 _STOP_S: Final = 20.0
 
@@ -35,15 +36,18 @@ class LocalNode:
         options: Sequence[str] = (),
         threads: int | None = None,
         listen: str = "localhost:0",
+        receipts: bool = False,
     ) -> None:
         """Makes identities in ``folder`` (kept if they are there) and starts the process.
+
+        With ``receipts`` it signs what it computes; the passphrases of both identities are then in ``folder``.
 
         Raises:
             ConfigError: it did not come up; says what it printed.
         """
         self.folder = folder
-        self.owner = _identity(folder / "owner", "owner")
-        self.identity = _identity(folder / "node", "node")
+        self.owner = _identity(folder / "owner", "owner", keep=receipts)
+        self.identity = _identity(folder / "node", "node", keep=receipts)
         trust = folder / "trusted"
         trust.mkdir(exist_ok=True)
         (trust / "owner.crt").write_bytes(self.owner.certificate_pem)
@@ -58,6 +62,8 @@ class LocalNode:
             "--drain-seconds",
             "0",
         ]
+        if receipts:
+            command += ["--passphrase-file", str(passphrase_file(folder / "node"))]
         environment = dict(os.environ)
         if threads is not None:
             command += ["--threads", str(threads)]
@@ -115,9 +121,16 @@ class LocalNode:
         raise ConfigError(f"the node did not start: {' '.join(said[-3:]) or 'it said nothing'} (see {self.log})")
 
 
-def _identity(folder: Path, role: Role) -> Identity:
+def passphrase_file(folder: Path) -> Path:
+    """Where the passphrase of a throw-away identity is kept, if it is."""
+    return folder.with_name(folder.name + ".passphrase")
+
+
+def _identity(folder: Path, role: Role, *, keep: bool = False) -> Identity:
     if folder.exists():
         return load_identity(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing is signed with the keystore of a throw-away node, so nobody needs its passphrase again, or could guess it.
-    return create_identity(folder, role=role, passphrase=os.urandom(16).hex(), kdf_cost=2)
+    passphrase = os.urandom(16).hex()  # else nothing is signed with it, and nobody needs it again, or could guess it
+    if keep:
+        write_private(passphrase_file(folder), passphrase.encode())
+    return create_identity(folder, role=role, passphrase=passphrase, kdf_cost=2)

@@ -24,6 +24,7 @@ from client_side.link import RECONNECT_S, Link, NodeAddress, Traffic, addresses
 from client_side.opening import DEFAULT_IDENTITY, initial_state, owner_identity
 from client_side.owned import describe_run, owner_tensors, restore_owner
 from client_side.passes import Loader, Pass, refuse_persistent_workers
+from client_side.receipts import SEGMENT_STEPS, Receipts
 from client_side.releases import Releases
 from client_side.route import Route
 from client_side.sessions import Sessions
@@ -38,7 +39,7 @@ from wire.errors import CheckpointError, ConfigError, HijackSuspectedError
 from wire.identity import Identity
 from wire.optimizers import PartOptimizer
 from wire.recipe import SGD, Adam, Loss, LossName, Optimizer
-from wire.state import split_state
+from wire.state import split_state, tensor_digest
 
 __all__ = ["Loader", "Trainer"]
 
@@ -83,6 +84,7 @@ class Trainer:
         data_set: str | None = None,
         units: torch.Tensor | None = None,
         detect_hijacking: bool = True,
+        receipts: bool = True,
     ) -> None:
         """Checks its arguments; connects to nobody yet.
 
@@ -105,6 +107,8 @@ class Trainer:
             data_set: what the training data is called in the ledger; its digest, unless said otherwise.
             units: whose each record is, [N] in the data set's order, where the policy's unit is not the record.
             detect_hijacking: stops where the node's gradients look like an attack on a front that learns in the clear.
+            receipts: asks nodes that sign what they compute for receipts, and stops where one differs from what was
+                exchanged.
 
         Raises:
             ConfigError: says which argument, and what it must be.
@@ -147,6 +151,8 @@ class Trainer:
             reconnect_s=reconnect_s,
             standby=standby,
         )
+        self.receipts = Receipts() if receipts else None
+        self._sessions.receipts = self.receipts
         self._link: Link | Route | None = None
         self._runner: StepRunner | None = None
         self._closed = False
@@ -205,6 +211,7 @@ class Trainer:
             ConfigError: the folder holds a run, and ``resume`` is not given; or the loader's workers persist.
             ReleaseRefusedError, BudgetSpentError, LedgerError: the policy, the budget or the ledger forbids it.
             HijackSuspectedError: the node's gradients steer the front; the message says where the evidence is.
+            ReceiptError: the node signed something else than what was exchanged.
         """
         try:
             return self._fit(loader, epochs, resume=resume)
@@ -263,10 +270,15 @@ class Trainer:
     def fetch(self) -> None:
         """Brings the middle's tensors home, into the model that was cut."""
         if self._run is not None and self._run.latest.step == self.state.global_step:
-            self.cut.load_middle(split_state(self._run.load(self._run.latest.snapshot))[0])
+            middle = split_state(self._run.load(self._run.latest.snapshot))[0]
         elif self._link is not None:
-            _, tensors = self._link.snapshot()
-            self.cut.load_middle(split_state(tensors)[0])
+            self._take_receipt()
+            middle = split_state(self._link.snapshot()[1])[0]
+        else:
+            return
+        if self.receipts is not None and self.receipts.kept:
+            self.receipts.check_state(self.state.global_step, {name: tensor_digest(t) for name, t in middle.items()})
+        self.cut.load_middle(middle)
 
     def close(self) -> None:
         """Ends the session and the connection; the optimizer's state on the node goes with it, so this is the end."""
@@ -318,6 +330,8 @@ class Trainer:
             )
             # After the callbacks: what they draw and write down of a step is there before a checkpoint vouches for it.
             told = time.perf_counter()
+            if state.global_step % SEGMENT_STEPS == 0:
+                self._take_receipt()
             self._checkpoint_if_due(loader)
             late_s = time.perf_counter() - told  # counts with the step that it delays
             if control.should_training_stop:
@@ -354,6 +368,7 @@ class Trainer:
             self._link = self._runner = None
         run = Run(self._plan)
         try:
+            self._keep_receipts(Path(self._plan.folder).expanduser() / "receipts.jsonl", resume=resume)
             checkpoint = run.recover(self._what(loader)) if resume else None
             loader = self._released(loader, Path(self._plan.folder).expanduser(), checkpoint)
             if checkpoint is None:
@@ -438,6 +453,7 @@ class Trainer:
         run.wait()
         if run.latest.step == self.state.global_step:
             return
+        self._take_receipt()
         incoming = route.begin_snapshot(known=run.known(), keep=run.plan.keep_on_node)
         if incoming.next_step != self.state.global_step:
             raise CheckpointError(
@@ -455,6 +471,17 @@ class Trainer:
             self._checkpoint(loader)
         run.wait()
 
+    def _keep_receipts(self, path: Path, *, resume: bool) -> None:
+        if self.receipts is None:
+            return
+        if not resume:
+            path.unlink(missing_ok=True)
+        self.receipts = self._sessions.receipts = Receipts(path)
+
+    def _take_receipt(self) -> None:
+        if self.receipts is not None and self._link is not None and (signed := self._link.receipt()) is not None:
+            self.receipts.take(signed)
+
     def _opened(self, rows: int) -> StepRunner:
         """The step runner over a session that takes micro-batches of ``rows`` rows: a larger one, if need be."""
         if self._runner is None or rows > self._sessions.max_rows:
@@ -463,6 +490,7 @@ class Trainer:
                 self._sessions.max_rows = rows
                 small.reopen()
             else:
+                self._take_receipt()
                 snapshot = None if small is None else small.snapshot(with_optimizer=True)[1]
                 self._open(rows, snapshot)
                 if small is not None:

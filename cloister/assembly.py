@@ -176,6 +176,7 @@ def new_trainer(
         units=units_of(job),
         detect_hijacking=job.privacy.detect_hijacking,
         standby=checkpoints is not None and job.node.standby,
+        receipts=job.provenance.receipts,
     )
 
 

@@ -261,6 +261,25 @@ class PrivacyTable(_Table):
         return Policy.from_json({k: v for k, v in self.model_dump().items() if v is not None and k not in own})
 
 
+class ProvenanceTable(_Table):
+    """``[provenance]``: who signs what is put on record of the run, and where the log of it is anchored."""
+
+    passphrase_file: JobPath | None = Field(None, examples=["owner.passphrase"])
+    log: str | None = Field(None, examples=["sqlite:////srv/cloister/provenance.sqlite"])
+    anchor: str | None = Field(None, examples=["dev"])
+    registry: str | None = Field(None, examples=["0x5FbDB2315678afecb367f032d93F642f64180aa3"])
+    chain_id: int | None = Field(None, ge=1, examples=[1])
+    confirmations: int = Field(12, ge=0)
+    wait_seconds: float = Field(600.0, ge=0)
+    data_sets: Annotated[tuple[JobPath, ...], Strict(strict=False)] = ()
+    receipts: bool = True
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is put on record."""
+        return self.anchor is not None or self.passphrase_file is not None
+
+
 class OutputTable(_Table):
     """``[output]``: where the results go."""
 
@@ -283,6 +302,7 @@ class Job(BaseSettings):
     node: NodeTable
     privacy: PrivacyTable
     checkpoint: CheckpointTable = CheckpointTable()
+    provenance: ProvenanceTable = ProvenanceTable()
     output: OutputTable
 
     @classmethod

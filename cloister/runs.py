@@ -27,6 +27,7 @@ __all__ = [
     "JOB_FILE",
     "METRICS_FILE",
     "MODEL_FILE",
+    "PROVENANCE",
     "RESULT_FILE",
     "RESULT_FILES",
     "Interruption",
@@ -42,6 +43,7 @@ RESULT_FILE: Final = "result.json"
 JOB_FILE: Final = "job.json"
 METRICS_FILE: Final = "metrics.jsonl"
 CARD_FILE: Final = "model-card.md"
+PROVENANCE: Final = "provenance"
 RESULT_FILES: Final = (RESULT_FILE, CARD_FILE, MODEL_FILE)  # what a run's end leaves
 _TAIL_BYTES: Final = 4096  # some lines of metrics
 
@@ -106,6 +108,7 @@ class RunFolder(Callback):
             # Of the run that is replaced, or of this one before it was resumed.
             for name in RESULT_FILES:
                 (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / PROVENANCE, ignore_errors=True)
             write_whole(self.path / JOB_FILE, (to_json(self._job) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; give --out FOLDER") from error

@@ -14,7 +14,7 @@ from torch import nn
 from wire.errors import ConfigError
 from wire.files import replace_file
 
-__all__ = ["load_weights", "save_weights", "write_whole"]
+__all__ = ["load_weights", "save_weights", "weights_of", "write_whole"]
 
 #: One key alone: safetensors writes several in any order, and then the same model would not hash the same twice.
 _METADATA: Final = {"format": "pt"}
@@ -33,15 +33,21 @@ def save_weights(model: nn.Module, file: Path) -> str:
     Raises:
         ConfigError: the file cannot be written.
     """
-    kept: dict[tuple[object, ...], str] = {}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if kept.setdefault(_place(tensor, name), name) == name:
-            # Copied, so that views into one buffer become tensors of their own.
-            tensors[name] = tensor.detach().to("cpu").contiguous().clone()
+    # Copied, so that views into one buffer become tensors of their own.
+    tensors = {name: tensor.to("cpu").contiguous().clone() for name, tensor in weights_of(model).items()}
     data = safetensors.torch.save(tensors, _METADATA)
     write_whole(file, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is saved of ``model``: of tensors that are one, the first name's."""
+    kept: dict[tuple[object, ...], str] = {}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if kept.setdefault(_place(tensor, name), name) == name
+    }
 
 
 def load_weights(model: nn.Module, file: Path) -> str:

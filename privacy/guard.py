@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -158,6 +159,13 @@ class Guard:
             return None
         policy, entries = self.policy, self._ledger.entries(self.data_set)
         return claim_of(entries, delta=policy.delta, relation=policy.relation, unit=policy.unit)
+
+    @property
+    def releases(self) -> dict[str, int]:
+        """How many releases of each kind the ledger holds of the data set, those of other runs included."""
+        if self.data_set is None or self._ledger is None:
+            return {}
+        return dict(Counter(entry.kind for entry in self._ledger.entries(self.data_set)))
 
     @property
     def ledger(self) -> str | None:

@@ -1,7 +1,7 @@
 """What receipts are over: a leaf for each step's wire bytes, and digests of the middle's state, on both sides alike.
 
 Owner and node hash what they send and what they receive, each for itself, and come to the same leaves. Everything is
-salted with 32 bytes that the two share, so that whoever has only the receipts can test no guess of what travelled (T21).
+salted with 32 bytes that the two share: whoever has only the receipts can test no guess of what travelled (T21).
 The bytes stand in ``docs/reference/provenance.md``.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from provenance.envelope import canonical

@@ -10,11 +10,11 @@ from typing import Final
 import torch
 
 from protos import node_pb2
+from provenance.tallies import HASHES, SALT_BYTES, spec_digest
 from server_side.accounts import Accounts, Limits, Reservation
 from server_side.kept import KeptSnapshots
 from server_side.session import ANSWER_SLACK_BYTES, ANSWERS_BYTES, SessionPlan, run_bytes
 from server_side.signing import ReceiptPlan
-from provenance.tallies import HASHES, SALT_BYTES, spec_digest
 from wire.errors import (
     LimitExceededError,
     MessageRejectedError,
@@ -111,7 +111,9 @@ def _receipts(spec: node_pb2.SessionSpec) -> ReceiptPlan | None:
     if len(spec.receipt_salt) != SALT_BYTES:
         raise SpecRejectedError(f"a receipt_salt of {len(spec.receipt_salt)} bytes; {SALT_BYTES} random ones")
     kind = next((name for name in spec.receipt_hashes if name in HASHES), None)
-    return None if kind is None else ReceiptPlan(kind, spec.receipt_salt, spec_digest(spec))
+    if kind is None:
+        return None
+    return ReceiptPlan("blake3" if kind == "blake3" else "sha256", spec.receipt_salt, spec_digest(spec))
 
 
 def read_program(parts: Iterator[node_pb2.OpenSessionRequest], spec: node_pb2.SessionSpec, limits: Limits) -> Program:

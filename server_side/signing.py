@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -32,7 +32,7 @@ __all__ = ["NodeSigner", "ReceiptPlan", "Witness"]
 class ReceiptPlan:
     """What an owner's receipts are over: the hash of wire bytes, the salt, SHA-256 of the session's spec."""
 
-    kind: str
+    kind: Literal["sha256", "blake3"]
     salt: bytes = field(repr=False)
     spec: bytes
 
@@ -86,7 +86,7 @@ class Witness:
         self._before, _, _ = self._state(model, optimizer)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["sha256", "blake3"]:
         """The hash of wire bytes."""
         return self._plan.kind
 
@@ -128,6 +128,7 @@ class Witness:
     def _state(
         self, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
     ) -> tuple[bytes, bytes, bytes]:
-        roots = [state_root({name: tensor_digest(t.detach()) for name, t in part.items()}) for part in (model, optimizer)]
+        digests = [{name: tensor_digest(t.detach()) for name, t in part.items()} for part in (model, optimizer)]
+        roots = [state_root(part) for part in digests]
         salt = boundary_salt(self._plan.salt, "state", self._tally.next_step)
         return state_digest(salt, *roots), roots[0], roots[1]

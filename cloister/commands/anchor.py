@@ -7,11 +7,11 @@ from typing import Annotated, Final
 
 import typer
 
+from cloister.anchoring import Anchoring
 from cloister.commands.keys import PassphraseFileOption, read_passphrase
 from cloister.exits import ExitCode
 from cloister.output import Format, FormatOption, print_rows
 from provenance.log import Log
-from wire.errors import ConfigError
 
 __all__ = ["app"]
 
@@ -46,11 +46,14 @@ def push(
     *,
     identity: Annotated[Path, typer.Option(help="The identity folder whose key signs, and pays.")],
     to: Annotated[
-        str, typer.Option(help="dev (a chain in a file), or https://… (several endpoints with commas).")
+        str,
+        typer.Option(
+            help="log (signed heads alone), dev (a chain in a file), or https://… (several endpoints with commas)."
+        ),
     ] = "dev",
     registry: Annotated[str | None, typer.Option(help="The registry's address; `dev` has its own.")] = None,
     chain_id: Annotated[int | None, typer.Option(help="EIP-155's id of the chain; another one is refused.")] = None,
-    chain_file: Annotated[Path, typer.Option(help="Where the dev chain is kept.")] = Path("devchain.sqlite"),
+    chain_file: Annotated[Path | None, typer.Option(help="Where the dev chain is kept, if not beside the log.")] = None,
     confirmations: Annotated[int, typer.Option(min=0, help="Blocks on top before a head is final.")] = 12,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is final.")] = 600,
     passphrase_file: PassphraseFileOption = None,
@@ -61,29 +64,12 @@ def push(
 
     Example: [bold]cloister anchor push --identity owner[/]
     """
-    from provenance.anchors import ChainAnchor  # noqa: PLC0415 - web3 takes a second to import
-    from provenance.chain import Registry, connect  # noqa: PLC0415
-    from provenance.devchain import DevChain  # noqa: PLC0415
-    from wire.identity import load_signer  # noqa: PLC0415
+    from wire.identity import load_signer  # noqa: PLC0415 - takes more than a second to import
 
     book = Log(log)
-    signer = load_signer(identity, read_passphrase(passphrase_file))
-    head = book.sign_head(signer)
-    if to == "dev":
-        with DevChain(chain_file) as dev:
-            dev.fund(signer.address)
-            anchor = ChainAnchor(book, dev.registry, signer, chain_id=dev.chain.chain_id(), confirmations=0)
-            anchor.anchor(head)
-            settled = anchor.wait(timeout, poll_s=0.05)
-            lines = anchor.status()
-    else:
-        if registry is None or chain_id is None:
-            raise ConfigError("a chain needs --registry ADDRESS and --chain-id ID, so that nothing goes to another one")
-        chain = connect(to.split(","))
-        anchor = ChainAnchor(book, Registry.at(chain, registry), signer, chain_id=chain_id, confirmations=confirmations)
-        anchor.anchor(head)
-        settled = anchor.wait(timeout)
-        lines = anchor.status()
+    where = Anchoring(to, registry, chain_id, chain_file, confirmations, timeout)
+    where.check()
+    lines, settled = where.push(book, load_signer(identity, read_passphrase(passphrase_file)))
     print_rows(lines, fmt, styles=_STYLES)
     if not settled:
         typer.echo(f"not final after {timeout:g} s: the same command goes on from here", err=True)

@@ -20,7 +20,7 @@ from client_side.journal import CheckpointEntry, Event, Journal
 from cloister.commands.train import train_job
 from cloister.joboptions import IdentityOption, NodeOption, SetOption, job_from
 from cloister.output import Format, FormatOption, print_record, print_rows
-from cloister.runs import JOB_FILE, METRICS_FILE, RESULT_FILE, RESULT_FILES, last_step, state_of
+from cloister.runs import JOB_FILE, METRICS_FILE, PROVENANCE, RESULT_FILE, RESULT_FILES, last_step, state_of
 from wire.errors import CheckpointError, ConfigError
 
 __all__ = ["RunLine", "app"]
@@ -141,6 +141,7 @@ def rm(
         finally:
             held.close()
         shutil.rmtree(state)
+    shutil.rmtree(run / PROVENANCE, ignore_errors=True)
     for name in (METRICS_FILE, *RESULT_FILES, JOB_FILE):
         (run / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it holds something of the user's own

@@ -8,9 +8,10 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from torch import nn
 
 from client_side.callbacks import Evaluation, TrainState
 from client_side.cutting import Cut
@@ -29,6 +30,9 @@ from cloister.weights import save_weights
 from privacy.claims import Claim
 from privacy.policy import Policy, labels_told
 from wire.errors import CloisterError, ConfigError
+
+if TYPE_CHECKING:
+    from cloister.recording import Recorder
 
 __all__ = ["TrainResult", "app", "train_job"]
 
@@ -172,6 +176,7 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
     owner = owner_of(job)
     display.say(greet_node(job, owner))
     model = make_model(job)
+    recorder = _recorder(job, model)
     made = cut_model(job, model, first_inputs(job, "train"))
     display.say(_shares(made, job.privacy.policy()))
     loader = make_loader(job, "train")
@@ -211,7 +216,19 @@ def _run(job: Job, folder: RunFolder, display: ProgressDisplay, *, resume: bool)
         )
         values = dataclasses.asdict(result)
         folder.finish(values, model_card(job, values, claim))
+        if recorder is not None and not interrupted:
+            # Last: the run is whole, whatever becomes of the log.
+            told = recorder.finish(trainer, file, result.program_sha256, epochs=result.epochs)
+            display.say(told.told())
     return result, claim
+
+
+def _recorder(job: Job, model: nn.Module) -> Recorder | None:
+    if not job.provenance.wanted:
+        return None
+    from cloister.recording import Recorder  # noqa: PLC0415 - most runs put nothing on record
+
+    return Recorder(job, model)
 
 
 def _test(job: Job, trainer: Trainer) -> Evaluation | None:
