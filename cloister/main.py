@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "dataset": "Commit to a data set without showing it; open single records, or prove their absence.",
     "anchor": "Put the provenance log's head on a chain, and see where heads stand.",
     "bundle": "Write one file from which anybody can verify a run, without its data.",
+    "card": "Write a run's claims as a section of its model's card.",
     "verify": "Verify a bundle: each claim, its verdict, and who stands behind it.",
     "audit": "Verify bundles on a page in the browser.",
     "leakage": "Measure what activations and gradients give away, cut by cut.",

@@ -178,6 +178,8 @@ class Recorder:
         if self._anchoring is not None:
             lines, settled = self._anchoring.push(self._log, self._signer)
             anchored = f"{lines[-1].state} on {self._anchoring.to}" if lines else ""
+        else:
+            self._log.sign_head(self._signer)
         return Recording(
             run=hashlib.sha256(records.made["run"]).hexdigest(),
             records=len(records.made),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cloister
+from client_side.frames import SentFrame
 from client_side.receipts import Receipts, SessionTally, SignedSegment
 from client_side.spawn import passphrase_file
 from cloister import digits
+from cloister.commands.card import _cell
 from cloister.main import app
 from protos import node_pb2, tensor_pb2
 from provenance.receipts import Segment, check_chain, check_receipts, open_receipt, sign_receipt
@@ -56,8 +59,6 @@ def owner(kind: str = "sha256", **changes: object) -> SessionTally:
 
 
 def played(tally: SessionTally, steps: int) -> None:
-    from client_side.frames import SentFrame
-
     for step in range(steps):
         frame, answer = exchange(step)
         data = node_pb2.TrainRequest(frame=frame).SerializeToString()
@@ -134,8 +135,6 @@ def test_a_node_whose_record_is_anothers_gets_no_session() -> None:
 
 
 def test_a_refused_frame_is_in_no_receipt() -> None:
-    from client_side.frames import SentFrame
-
     tally = owner()
     refused = node_pb2.TrainRequest(frame=node_pb2.Frame(step=0, phase=node_pb2.PHASE_LOSS)).SerializeToString()
     tally.sent(SentFrame(0, 0, node_pb2.PHASE_LOSS, update=True, data=refused))
@@ -299,11 +298,8 @@ def test_a_finished_run_is_on_record_anchored_bundled_and_verified_by_somebody_w
     given_ = [
         part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value, default=str)}")
     ]
-    monkeypatch.setenv("CLOISTER_NODE__CERTIFICATE", "")
-
     text = job.read_text().replace('certificate = "node/tls.crt"\n', "")
     (tmp_path / "job.toml").write_text(text)
-    monkeypatch.delenv("CLOISTER_NODE__CERTIFICATE")
     app(["train", str(tmp_path / "job.toml"), *given_], standalone_mode=False)
     said = capsys.readouterr()
     app(["bundle", str(tmp_path / "run")], standalone_mode=False)
@@ -323,3 +319,13 @@ def test_a_finished_run_is_on_record_anchored_bundled_and_verified_by_somebody_w
     assert str(tmp_path) not in json.dumps(run.build_definition.external_parameters.job)
     assert "final on dev" in said.err
     assert "proven" in capsys.readouterr().out
+    for _ in range(2):  # the second takes the first one's place
+        app(["card", str(tmp_path / "run"), "--write"], standalone_mode=False)
+    assert (tmp_path / "run" / "model-card.md").read_text().count("## Provenance") == 1
+
+
+def test_T26_foreign_text_is_inert_in_a_card() -> None:
+    shown = _cell("<script>alert(1)</script> | [x](javascript:y)\n# `z`")
+
+    assert not set("<>|[]`\n") & set(shown)
+    assert html.unescape(shown) == "<script>alert(1)</script> | [x](javascript:y) # `z`"
