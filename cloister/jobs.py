@@ -264,13 +264,13 @@ class PrivacyTable(_Table):
 class ProvenanceTable(_Table):
     """``[provenance]``: who signs what is put on record of the run, and where the log of it is anchored."""
 
-    passphrase_file: JobPath | None = Field(None, examples=["owner.passphrase"])
-    log: str | None = Field(None, examples=["sqlite:////srv/cloister/provenance.sqlite"])
-    anchor: str | None = Field(None, examples=["dev"])
-    registry: str | None = Field(None, examples=["0x5FbDB2315678afecb367f032d93F642f64180aa3"])
-    chain_id: int | None = Field(None, ge=1, examples=[1])
-    confirmations: int = Field(12, ge=0)
-    wait_seconds: float = Field(600.0, ge=0)
+    passphrase_file: Annotated[JobPath | None, Field(examples=["owner.passphrase"])] = None
+    log: Annotated[str | None, Field(examples=["sqlite:////srv/cloister/provenance.sqlite"])] = None
+    anchor: Annotated[str | None, Field(examples=["dev"])] = None
+    registry: Annotated[str | None, Field(examples=["0x5FbDB2315678afecb367f032d93F642f64180aa3"])] = None
+    chain_id: Annotated[int | None, Field(ge=1, examples=[1])] = None
+    confirmations: Annotated[int, Field(ge=0)] = 12
+    wait_seconds: Annotated[float, Field(ge=0)] = 600.0
     data_sets: Annotated[tuple[JobPath, ...], Strict(strict=False)] = ()
     receipts: bool = True
 

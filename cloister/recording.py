@@ -136,7 +136,7 @@ class Recorder:
         self._log = Log(table.log)
         tensors = weights_of(model)
         self._initial = tensors_root({name: tensor_digest(tensor) for name, tensor in tensors.items()}).hex()
-        self._counts = {"tensors": len(tensors), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+        self._tensors, self._parameters = len(tensors), sum(tensor.numel() for tensor in tensors.values())
 
     def finish(self, trainer: Trainer, model: Path, program: str, *, epochs: int) -> Recording:
         """Signs the records, appends them to the log, keeps them in the run's folder, and anchors.
@@ -204,9 +204,8 @@ class Recorder:
             )
             used.append(Resource(name=name, digest=digest))
         digest = {MODEL_DIGEST: self._initial}
-        records.add(
-            "initial", Subject(name="initial model", digest=digest), ModelRecord(role="initial", **self._counts)
-        )
+        described = ModelRecord(role="initial", tensors=self._tensors, parameters=self._parameters)
+        records.add("initial", Subject(name="initial model", digest=digest), described)
         return [*used, Resource(name="initial model", digest=digest)]
 
     def _privacy(self, records: _Records, trainer: Trainer) -> PrivacyCost | None:

@@ -259,7 +259,7 @@ class Registry:
 
     def log_id(self, opener: str, salt: bytes) -> bytes:
         """The id of a log that ``opener`` opens with this salt."""
-        return Web3.solidity_keccak(["uint256", "bytes32"], [int(opener, 16), salt])
+        return bytes(Web3.solidity_keccak(["uint256", "bytes32"], [int(opener, 16), salt]))
 
     def latest(self, log: bytes) -> tuple[bytes, int, int]:
         """Root, size and block of a log's latest head; zeros if there is none."""

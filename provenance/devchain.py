@@ -20,7 +20,7 @@ from eth.exceptions import CanonicalHeadNotFound
 from eth_tester import EthereumTester, PyEVMBackend
 from eth_typing import ChecksumAddress
 from web3 import EthereumTesterProvider, Web3
-from web3.types import Wei
+from web3.types import Nonce, Wei
 from web3.utils import get_create_address
 
 from provenance.chain import Chain, Registry, artifact
@@ -59,6 +59,7 @@ class _Backend(PyEVMBackend):  # type: ignore[misc]  # eth-tester ships no types
 
     def __init__(self, store: _Store) -> None:
         self._store = store
+        self.chain: Any = None  # the base class makes one
         super().__init__()
 
     def reset_to_genesis(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - eth-tester's own
@@ -142,7 +143,7 @@ class DevChain:
     def _deployed(self) -> ChecksumAddress:
         """The registry's address: the first thing that the chain's first account did."""
         first = self._w3.eth.accounts[0]
-        address = get_create_address(first, 0)
+        address = get_create_address(first, Nonce(0))
         if not self._w3.eth.get_code(address):
             contract = self._w3.eth.contract(abi=artifact()["abi"], bytecode=artifact()["bytecode"])
             contract.constructor().transact({"from": first})

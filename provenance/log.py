@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -364,4 +364,5 @@ def _hashes(connection: sa.Connection, places: Sequence[tuple[int, int]]) -> dic
 
 def _last_head(connection: sa.Connection) -> sa.Row[Any] | None:
     query = sa.select(_HEADS.c.size, _HEADS.c.root, _HEADS.c.envelope).order_by(_HEADS.c.size.desc()).limit(1)
-    return connection.execute(query).one_or_none()
+    row: Any = connection.execute(query).one_or_none()  # SQLAlchemy 2.1 types rows by column
+    return cast("sa.Row[Any] | None", row)

@@ -108,7 +108,7 @@ class Anvil:
         self._process.send_signal(signal.SIGCONT)
 
     def rpc(self, method: str, *params: Any) -> Any:
-        body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
+        body: Any = {"jsonrpc": "2.0", "id": 1, "method": method, "params": list(params)}
         answer = requests.post(self.url, json=body, timeout=30).json()
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")

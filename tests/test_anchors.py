@@ -21,7 +21,7 @@ from eth_account import Account
 from eth_account.signers.local import LocalAccount
 
 from provenance.anchors import ChainAnchor, LogAnchor, anchored
-from provenance.chain import Chain, Registry, connect
+from provenance.chain import Chain, Registry, artifact, connect
 from provenance.devchain import DevChain
 from provenance.log import Log
 from tests import evm
@@ -146,7 +146,7 @@ def anchored_sizes(chain: Chain, registry: Registry, anchor: ChainAnchor) -> lis
     """The size of every head that the registry tells of, by its events."""
 
     def ask(w3: Any) -> list[int]:
-        contract = w3.eth.contract(address=registry.address, abi=evm.artifact()["abi"])
+        contract = w3.eth.contract(address=registry.address, abi=artifact()["abi"])
         events = contract.events.HeadAnchored.get_logs(from_block=0, to_block="latest")
         return [int(event["args"]["size"]) for event in events if event["args"]["log"] == anchor.log_id]
 
@@ -307,7 +307,14 @@ def test_T24_a_nonce_that_somebody_else_spent_is_no_loss(log: Log, anvil: evm.An
     grow(log, anchor)
     anchor.advance()
     nonce = 2  # of the head that was just sent
-    dear = {"type": 2, "chainId": evm.CHAIN_ID, "nonce": nonce, "to": SIGNER.address, "value": 0, "gas": 21000}
+    dear: dict[str, Any] = {
+        "type": 2,
+        "chainId": evm.CHAIN_ID,
+        "nonce": nonce,
+        "to": SIGNER.address,
+        "value": 0,
+        "gas": 21000,
+    }
     dear |= {"maxFeePerGas": 10**12, "maxPriorityFeePerGas": 10**12}
     anvil.rpc("eth_sendRawTransaction", "0x" + SIGNER.sign_transaction(dear).raw_transaction.hex().removeprefix("0x"))
     settle(anchor, anvil)
@@ -322,7 +329,15 @@ def test_T23_a_revoked_key_is_told_and_nothing_is_lost(log: Log, anvil: evm.Anvi
     grow(log, anchor)
     settle(anchor, anvil)
     data = anchor._registry._encoded("revokeKey", anchor.log_id)
-    call = {"type": 2, "chainId": evm.CHAIN_ID, "nonce": 2, "to": registry, "value": 0, "gas": 60000, "data": data}
+    call: dict[str, Any] = {
+        "type": 2,
+        "chainId": evm.CHAIN_ID,
+        "nonce": 2,
+        "to": registry,
+        "value": 0,
+        "gas": 60000,
+        "data": data,
+    }
     call |= {"maxFeePerGas": 10**11, "maxPriorityFeePerGas": 10**9}
     anvil.rpc("eth_sendRawTransaction", "0x" + SIGNER.sign_transaction(call).raw_transaction.hex().removeprefix("0x"))
     anvil.mine()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from eth_account import Account
 from eth_account.signers.local import LocalAccount
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cloister
@@ -147,6 +147,7 @@ def test_a_refused_frame_is_in_no_receipt() -> None:
 FIELDS = ("step", "micro_batch", "loss_weight")
 
 
+@settings(deadline=None)  # a busy machine says nothing of the law
 @given(st.sampled_from(FIELDS), st.integers(1, 100))
 def test_every_field_of_a_frame_changes_its_digest(name: str, more: int) -> None:
     frame, _ = exchange(1)
@@ -287,7 +288,7 @@ def test_a_finished_run_is_on_record_anchored_bundled_and_verified_by_somebody_w
 ) -> None:
     monkeypatch.setenv("CLOISTER_LOG", f"sqlite:///{tmp_path / 'log.sqlite'}")
     job = Path(__file__).resolve().parents[1] / "examples" / "digits.toml"
-    settings = {
+    chosen = {
         "train.epochs": 1,
         "provenance.passphrase_file": passphrase_file(node.owner.folder),
         "provenance.anchor": "dev",
@@ -295,9 +296,7 @@ def test_a_finished_run_is_on_record_anchored_bundled_and_verified_by_somebody_w
         "node.identity": node.owner.folder,
         "output.dir": tmp_path / "run",
     }
-    given_ = [
-        part for name, value in settings.items() for part in ("--set", f"{name}={json.dumps(value, default=str)}")
-    ]
+    given_ = [part for name, value in chosen.items() for part in ("--set", f"{name}={json.dumps(value, default=str)}")]
     text = job.read_text().replace('certificate = "node/tls.crt"\n', "")
     (tmp_path / "job.toml").write_text(text)
     app(["train", str(tmp_path / "job.toml"), *given_], standalone_mode=False)
