@@ -220,7 +220,7 @@ class Receipts:
             lines.append(json.dumps([base64.b64encode(part).decode("ascii") for part in parts]))
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self._path, ("\n".join(lines) + "\n").encode())
+            replace_file(self._path, ("\n".join(lines) + "\n").encode(), private=True)
 
     def _read(self, path: Path) -> None:
         try:

@@ -98,8 +98,10 @@ def _rename(partial: Path, folder: Path) -> None:
         raise
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Writes ``path`` down to the disk, beside its place first: it holds all of ``content``, or what it held before.
+
+    With ``private`` only its owner can read it.
 
     Raises:
         OSError: The disk is full, or fails.
@@ -107,6 +109,8 @@ def replace_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
