@@ -252,7 +252,7 @@ def _key_extraction(m: Message, f: Fodder) -> None:
     number = f.below(words.shape[1])
     if len(words) > 1:
         words[0, number] = 0
-    words[-1, number] = 1 + f.below(2**30)
+    words[-1, number] = 2**32 + f.below(2**32)  # below what a result may err by, it would be a column of zeros
     _with_words(m, words)
 
 
